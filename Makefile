@@ -1,0 +1,29 @@
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.PHONY: demo test lint types dev clean
+
+demo: dev  ## a ragged batch through LLM.generate
+	$(BIN)/python examples/demo.py
+
+test: dev  ## never `python -m pytest`: it puts this folder, with kernels/, on sys.path
+	$(BIN)/pytest
+
+lint: dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: dev  ## checks the built package: mypy cannot follow an editable kernels/ and patches/
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p sparsed_vllm
+
+dev: $(STAMP)  ## .venv with vLLM, this package (editable) and the tools; made once
+
+$(STAMP): setup.py tools/setup_env.sh $(wildcard requirements/*.txt) \
+          $(shell find tests/stubs -name '*.py' -not -path '*/build/*')
+	tools/setup_env.sh
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""One request's denoising, from its first step to its last, whatever runs the model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsed_vllm.canvas import Canvas
+from sparsed_vllm.params import DenoisingParams
+from sparsed_vllm.phases import Schedule
+from sparsed_vllm.unmasking import (
+    choose_places,
+    choose_tokens,
+    draw_places,
+    dream_shares,
+    places_per_step,
+)
+
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads (seed, step) over all seeds
+_LARGEST_SEED = (1 << 63) - 1
+
+
+class Denoising:
+    """The canvas of one request and the step it is at.
+
+    Every step: `open_places` says which logits are needed, `advance` fills some of those places,
+    `take_final` hands out the tokens that will not change any more. Nothing here waits for the
+    device: what the host must know beforehand (how many places are open) follows from the
+    schedule, exactly or, with a threshold or `origin`, as a bound.
+
+    tokens: the canvas as it stands, the mask token from `num_final` on
+    num_final: places that are already final and handed out (a block boundary); 0 for a new
+        request, more for one that resumes after preemption
+    generator: on `device`; shared between requests, seeded anew by each step
+    """
+
+    def __init__(
+        self,
+        params: DenoisingParams,
+        tokens: Sequence[int],
+        *,
+        num_final: int,
+        mask_token_id: int,
+        seed: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.params = params
+        self.mask_token_id = mask_token_id
+        self.schedule = Schedule.of(params)
+        self.step = self.schedule.first_step_after(num_final)
+        self.canvas = Canvas(
+            torch.tensor(tokens, device=generator.device),
+            torch.arange(len(tokens), device=generator.device) >= num_final,
+            params.block_length,
+        )
+        self.num_taken = torch.tensor(num_final, device=generator.device)
+        self._seed = seed
+        self._generator = generator
+        self._pace_is_known = params.threshold is None and params.policy != "origin"
+        self._counts = self._plan() if self._pace_is_known else []
+
+    def _plan(self) -> list[int]:
+        """[num_steps] places that each step fills."""
+        blocks = self.schedule.blocks
+        return [n for block in blocks for n in places_per_step(block, self.params)]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps have run (those of a threshold may end sooner)."""
+        return self.step >= self.schedule.num_steps
+
+    def open_places(self) -> Tensor:
+        """The places whose logits this step reads.
+
+        Returns int64 [n], ascending, -1 beyond the last; n is known without asking the device.
+        """
+        return self.canvas.open_places(self._num_open())
+
+    def _num_open(self) -> int:
+        if self.is_over:
+            return 0
+        if not self._pace_is_known:
+            # A threshold fills at least one place a step; `origin` may fill none.
+            filled = self.step if self.params.threshold is not None else 0
+            return min(self.params.block_length, self.params.num_tokens - filled)
+        if self._counts[self.step] == 0:
+            return 0
+        block, step = self.schedule.locate(self.step)
+        return block.size - sum(self._counts[self.step - step : self.step])
+
+    def advance(self, places: Tensor, logits: Tensor) -> None:
+        """Run one step.
+
+        places: what `open_places` returned;  logits [len(places), vocab], any float type
+        """
+        if len(places):
+            self._generator.manual_seed((self._seed + self.step * _GOLDEN_RATIO) & _LARGEST_SEED)
+            tokens, confidence = choose_tokens(
+                logits, self.params, self.mask_token_id, self._generator
+            )
+            self.canvas.fill(places, tokens, self._choose(places >= 0, confidence))
+        self.step += 1
+
+    def _choose(self, is_open: Tensor, confidence: Tensor) -> Tensor:
+        """Which of the open places this step fills; bool like `is_open`."""
+        if self.params.policy == "origin":
+            block, step = self.schedule.locate(self.step)
+            share = dream_shares(block.steps, self.params.eps)[step]
+            return draw_places(is_open, share, self._generator)
+        count = self._counts[self.step] if self._pace_is_known else 0
+        confidence = confidence.masked_fill(~is_open, float("-inf"))
+        return choose_places(confidence, count, self.params, self._generator)
+
+    def take_final(self) -> tuple[Tensor, Tensor]:
+        """The tokens that became final and were not handed out yet.
+
+        Returns int64 [width] and, on the device, how many of them count.
+        """
+        whole = not self.params.early_stop
+        width = self.params.num_tokens if whole else self.params.block_length
+        if not self._may_finish_block(whole):
+            return self.canvas.tokens[:0], torch.zeros_like(self.num_taken)
+        num_final = self.canvas.num_final()
+        if self.is_over:
+            # Logits that are not numbers can leave a place unfilled; the request ends all the same.
+            num_final = torch.full_like(num_final, self.canvas.num_tokens)
+        elif whole:
+            num_final = torch.where(num_final == self.canvas.num_tokens, num_final, self.num_taken)
+        places = self.num_taken + torch.arange(width, device=num_final.device)
+        taken = self.canvas.tokens[places.clamp(max=self.canvas.num_tokens - 1)]
+        count = num_final - self.num_taken
+        self.num_taken = num_final
+        return taken, count
+
+    def _may_finish_block(self, whole: bool) -> bool:
+        """Whether the step just run can have finished a block (or, if `whole`, the canvas)."""
+        if self.params.threshold is not None:
+            return True
+        if whole:
+            return self.step == self.schedule.num_steps
+        return self.step in self.schedule.first_steps

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""What one request asks of the denoising: parsed and checked once, then frozen."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsed_vllm.families import Family
+
+MAX_STEPS_PER_TOKEN = 4
+"""Steps allowed per token to generate: one each already unmasks a single place a step."""
+
+
+@dataclass(frozen=True)
+class DenoisingParams:
+    """One request's denoising.
+
+    num_tokens: places to fill (vLLM's max_tokens)
+    steps: T of the papers, over all blocks
+    block_length: places denoised together; blocks follow each other left to right
+    policy: which masked places a step fills (one of the family's policies)
+    threshold: if set, a step fills every place at least this sure, and the surest one
+    temperature, top_p, top_k: how a token is drawn (0: the most likely one)
+    alg_temp: Dream's randomness in the choice of places (0: none)
+    eps: Dream's last timestep
+    early_stop: give out blocks as they finish, so that EOS ends the request
+    """
+
+    num_tokens: int
+    steps: int
+    block_length: int
+    policy: str
+    threshold: float | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    alg_temp: float = 0.0
+    eps: float = 1e-3
+    early_stop: bool = True
+
+
+class BadRequest(ValueError):
+    """A request parameter that cannot be served; the message says what would be."""
+
+    def __init__(self, field: str, value: object, allowed: str, remedy: str) -> None:
+        super().__init__(f"{field} must be {allowed}, got {value!r}. {remedy}")
+        self.field = field
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Field:
+    """One request parameter in `extra_args` (offline) or `vllm_xargs` (HTTP).
+
+    kind: turns what JSON or Python holds into our type, or raises ValueError
+    accepts: whether a value of that type is in range
+    allowed: the range in words
+    remedy: what to do about a value outside it
+    """
+
+    kind: Callable[[Any], Any]
+    accepts: Callable[[Any], bool]
+    allowed: str
+    remedy: str
+
+    def parse(self, name: str, value: Any) -> Any:
+        """`value` as our type. Raises BadRequest if it is another type or out of range."""
+        try:
+            parsed = self.kind(value)
+        except ValueError:
+            parsed = None
+        if parsed is None or not self.accepts(parsed):
+            raise BadRequest(name, value, self.allowed, self.remedy)
+        return parsed
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if value not in (0, 1) or isinstance(value, float):
+        raise ValueError
+    return bool(value)
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def request_fields(family: Family, num_tokens: int) -> dict[str, Field]:
+    """The parameters a request to `family` may hold when it generates `num_tokens`."""
+    most_steps = MAX_STEPS_PER_TOKEN * num_tokens
+    fields = {
+        "steps": Field(
+            _integer,
+            lambda n: 1 <= n <= most_steps,
+            f"an integer in [1, {most_steps}] ({MAX_STEPS_PER_TOKEN} * max_tokens)",
+            "Leave it out for one step a token.",
+        ),
+        "block_length": Field(
+            _integer,
+            lambda n: 1 <= n <= num_tokens,
+            f"an integer in [1, {num_tokens}] (max_tokens)",
+            "Leave it out to denoise all places together.",
+        ),
+        family.policy_field: Field(
+            _word,
+            lambda name: name in family.policies,
+            f"one of {', '.join(family.policies)}",
+            f"Leave it out for {family.policies[0]}.",
+        ),
+        "threshold": Field(
+            _number,
+            lambda p: 0 < p <= 1,
+            "a number in (0, 1]",
+            "Leave it out to let steps set the pace.",
+        ),
+        "early_stop": Field(
+            _flag,
+            lambda _: True,
+            "0 or 1",
+            "Use 0 to run every step and answer once, at the end.",
+        ),
+        "cfg_scale": Field(
+            _number,
+            lambda scale: scale == 0,
+            "0 (classifier-free guidance is not supported)",
+            "Leave it out.",
+        ),
+        "alg_temp": Field(
+            _number,
+            lambda t: 0 <= t <= 100,
+            "a number in [0, 100]",
+            "Leave it out to fill the surest places.",
+        ),
+        "eps": Field(
+            _number,
+            lambda eps: 0 < eps < 1,
+            "a number in (0, 1)",
+            "Leave it out for the authors' 0.001.",
+        ),
+    }
+    foreign = {"alg_temp", "eps"} - family.own_fields
+    return {name: field for name, field in fields.items() if name not in foreign}
+
+
+def parse_params(
+    family: Family,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    ignore_eos: bool,
+    extra_args: Mapping[str, Any],
+) -> DenoisingParams:
+    """The denoising that a request asks for.
+
+    temperature, top_p, top_k, ignore_eos: vLLM's sampling parameters
+    extra_args: the parameters of `request_fields`, as the client sent them
+    Raises BadRequest naming the first field that cannot be served.
+    """
+    given = _parse_fields(family, max_tokens, extra_args)
+    _check_sampling(family, temperature, top_p, top_k)
+    block_length = given.get("block_length", max_tokens)
+    steps = given.get("steps", max_tokens)
+    num_blocks = math.ceil(max_tokens / block_length)
+    if steps < num_blocks:
+        raise BadRequest(
+            "steps",
+            steps,
+            f"at least {num_blocks}, one for each block of {block_length} places",
+            "Raise steps or block_length.",
+        )
+    if ignore_eos and given.get("early_stop"):
+        raise BadRequest(
+            "early_stop", 1, "0 or absent when ignore_eos is set", "Drop one of the two."
+        )
+    return DenoisingParams(
+        num_tokens=max_tokens,
+        steps=steps,
+        block_length=block_length,
+        policy=_policy(family, given),
+        threshold=given.get("threshold"),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=max(top_k, 0),
+        alg_temp=given.get("alg_temp", 0.0),
+        eps=given.get("eps", 1e-3),
+        early_stop=given.get("early_stop", True),
+    )
+
+
+def _parse_fields(family: Family, max_tokens: int, extra_args: Mapping[str, Any]) -> dict[str, Any]:
+    fields = request_fields(family, max_tokens)
+    for name, value in extra_args.items():
+        if name not in fields:
+            known = f"absent for a {family.name} model, which knows {', '.join(sorted(fields))}"
+            raise BadRequest(str(name), value, known, "Leave it out.")
+    return {name: fields[name].parse(name, value) for name, value in extra_args.items()}
+
+
+def _check_sampling(family: Family, temperature: float, top_p: float, top_k: int) -> None:
+    if not 0 <= temperature <= 100:
+        raise BadRequest(
+            "temperature", temperature, "a number in [0, 100]", "Use 0 for the likeliest tokens."
+        )
+    if not 0 < top_p <= 1:
+        raise BadRequest("top_p", top_p, "a number in (0, 1]", "Use 1 to keep all tokens.")
+    if family.truncates:
+        return
+    why = f"{family.name}'s sampler draws from all tokens; leave it out."
+    if top_p != 1:
+        raise BadRequest("top_p", top_p, f"1 for a {family.name} model", why)
+    if top_k > 0:
+        raise BadRequest("top_k", top_k, f"0 or -1 for a {family.name} model", why)
+
+
+def _policy(family: Family, given: Mapping[str, Any]) -> str:
+    if "threshold" not in given:
+        policy: str = given.get(family.policy_field, family.policies[0])
+        return policy
+    policy = given.get(family.policy_field, family.threshold_policy)
+    if policy != family.threshold_policy:
+        raise BadRequest(
+            family.policy_field,
+            policy,
+            f"{family.threshold_policy} or absent when threshold is set",
+            "threshold compares the probability of the chosen token.",
+        )
+    if given.get("alg_temp"):
+        raise BadRequest(
+            "alg_temp",
+            given["alg_temp"],
+            "0 or absent when threshold is set",
+            "threshold leaves nothing to draw.",
+        )
+    return policy

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""What a request may ask, and what it is told when it asks for something else."""
+
+import math
+
+import pytest
+
+from sparsed_vllm.families import DREAM, LLADA
+from sparsed_vllm.params import BadRequest, parse_params
+
+NUMBERS = [0, -1, 1.5, "8", True, None, [4], math.nan, 10**9]
+
+
+def parse(family=LLADA, *, max_tokens=32, temperature=0.0, top_p=1.0, top_k=0, **rest):
+    return parse_params(
+        family,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        ignore_eos=rest.pop("ignore_eos", False),
+        extra_args=rest,
+    )
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(BadRequest) as refused:
+        parse(*args, **kwargs)
+    return refused.value
+
+
+def test_the_defaults_are_one_step_a_token_in_one_block():
+    params = parse()
+    assert (params.steps, params.block_length, params.policy) == (32, 32, "low_confidence")
+    assert parse(DREAM).policy == "origin"
+
+
+@pytest.mark.parametrize("steps", NUMBERS)
+def test_steps_that_are_no_number_of_steps_are_refused(steps):
+    error = refusal(steps=steps)
+    assert error.field == "steps"
+    assert "an integer in [1, 128]" in str(error)
+    assert repr(steps) in str(error)
+
+
+@pytest.mark.parametrize("length", [*NUMBERS, 33])
+def test_a_block_holds_between_one_place_and_all(length):
+    assert "an integer in [1, 32]" in str(refusal(block_length=length))
+
+
+def test_every_block_needs_a_step():
+    assert parse(steps=4, block_length=8).steps == 4
+    assert "at least 4" in str(refusal(steps=3, block_length=8))
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, "0.9", math.nan, math.inf, [0.5], True])
+def test_a_threshold_outside_its_range_is_refused(threshold):
+    assert "a number in (0, 1]" in str(refusal(threshold=threshold))
+
+
+def test_a_threshold_takes_the_probability_of_the_token():
+    assert parse(DREAM, threshold=0.9).policy == "maskgit_plus"
+    assert parse(threshold=1).threshold == 1.0
+    assert refusal(DREAM, threshold=0.9, alg="entropy").field == "alg"
+    assert refusal(threshold=0.9, remasking="random").field == "remasking"
+    assert refusal(DREAM, threshold=0.9, alg_temp=0.1).field == "alg_temp"
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        (LLADA, "remasking", "entropy"),
+        (LLADA, "remasking", 1),
+        (DREAM, "alg", "low_confidence"),
+        (DREAM, "alg", "ENTROPY"),
+        (DREAM, "alg_temp", -1),
+        (DREAM, "alg_temp", 10**400),
+        (DREAM, "eps", 0),
+        (DREAM, "eps", 1),
+        (LLADA, "early_stop", 2),
+        (LLADA, "early_stop", "yes"),
+        (LLADA, "cfg_scale", 1.5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(family, field, value):
+    error = refusal(family, **{field: value})
+    assert error.field == field
+    assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("family", "field"), [(LLADA, "alg"), (LLADA, "eps"), (DREAM, "remasking"), (LLADA, "stepz")]
+)
+def test_an_unknown_key_is_answered_with_the_known_ones(family, field):
+    error = refusal(family, **{field: 1})
+    assert error.field == field
+    assert f"knows {'alg' if family is DREAM else 'block_length'}" in str(error)
+
+
+def test_no_guidance_is_no_guidance():
+    assert parse(cfg_scale=0) == parse()
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}])
+def test_llada_does_not_truncate(sampling):
+    assert refusal(LLADA, temperature=1.0, **sampling).field == next(iter(sampling))
+    assert parse(DREAM, temperature=1.0, **sampling)
+
+
+@pytest.mark.parametrize("temperature", [-1, 101, math.nan, math.inf])
+def test_a_temperature_out_of_range_is_refused(temperature):
+    assert refusal(temperature=temperature).field == "temperature"
+
+
+def test_early_stop_contradicts_ignore_eos():
+    assert refusal(early_stop=1, ignore_eos=True).field == "early_stop"
+    assert parse(early_stop=0, ignore_eos=True).early_stop is False

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""All patches in force. `python -m sparsed_vllm.patches.inventory` prints them for the README."""
+
+from sparsed_vllm.patches import request_check
+
+PATCHES = (request_check.PATCH,)
+
+
+def as_table() -> str:
+    """The patches as a Markdown table."""
+    rows = ["| target | because | drop when |", "|---|---|---|"]
+    rows += [f"| `{patch.target}` | {patch.because} | {patch.drop_when} |" for patch in PATCHES]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(as_table())

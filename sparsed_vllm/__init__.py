@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""vLLM plugin that serves full-attention diffusion language models: LLaDA, Dream and their kin."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("sparsed-vllm")
+except PackageNotFoundError:  # a bare checkout
+    __version__ = "unknown"
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: teach vLLM our models. Call it as often as you like.
+
+    On a vLLM that we do not support it logs one error and changes nothing.
+    """
+    from sparsed_vllm.plugin import install_once
+
+    install_once()

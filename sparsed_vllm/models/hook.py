@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Settings of vLLM that our models need, made when vLLM resolves a model's configuration."""
+
+from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from sparsed_vllm.compat import missing_seams
+
+logger = init_logger("vllm.sparsed.config")
+
+
+class DenoisingModelConfig(VerifyAndUpdateConfig):
+    """Found by vLLM under our architectures in MODELS_CONFIG_MAP."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Turn off what splits or shares a sequence, and put our scheduler in.
+
+        Raises ValueError for settings that cannot work with these models.
+        """
+        if missing := missing_seams():
+            raise ValueError(f"this vLLM lacks what sparsed-vllm builds on: {', '.join(missing)}")
+        _refuse_unsupported(vllm_config)
+        vllm_config.cache_config.enable_prefix_caching = False
+        _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
+        _default_to_temperature_zero(vllm_config.model_config)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    refused = {
+        "the V1 model runner": (
+            not vllm_config.use_v2_model_runner,
+            "unset VLLM_USE_V2_MODEL_RUNNER and install Triton",
+        ),
+        "--pipeline-parallel-size > 1": (
+            parallel.pipeline_parallel_size > 1,
+            "use --tensor-parallel-size",
+        ),
+        "--speculative-config": (
+            vllm_config.speculative_config is not None,
+            "a step already fills many places; leave it out",
+        ),
+        "--kv-transfer-config": (
+            vllm_config.kv_transfer_config is not None,
+            "keys and values change at every step; leave it out",
+        ),
+        "--decode-context-parallel-size > 1": (
+            parallel.decode_context_parallel_size > 1,
+            "use --tensor-parallel-size",
+        ),
+        "--enable-dbo": (parallel.enable_dbo, "leave it out"),
+    }
+    for setting, (is_set, remedy) in refused.items():
+        if is_set:
+            raise ValueError(f"Diffusion language models do not run with {setting}: {remedy}.")
+
+
+def _schedule_whole_sequences(scheduler: SchedulerConfig, model: ModelConfig) -> None:
+    scheduler.enable_chunked_prefill = False
+    scheduler.long_prefill_token_threshold = 0
+    scheduler.scheduler_cls = "sparsed_vllm.scheduler.DenoisingScheduler"
+    for budget in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        tokens = getattr(scheduler, budget)
+        if tokens is not None and tokens < model.max_model_len:
+            logger.info(
+                "Raising %s from %d to max_model_len %d: a denoising step runs a request's "
+                "whole sequence.",
+                budget,
+                tokens,
+                model.max_model_len,
+            )
+            setattr(scheduler, budget, model.max_model_len)
+
+
+def _default_to_temperature_zero(model: ModelConfig) -> None:
+    """What a request that names no temperature gets; OpenAI's 1.0 is wrong for these models."""
+    if model.generation_config == "vllm":
+        return  # The user asked for vLLM's own defaults.
+    if "temperature" not in model.try_get_generation_config():
+        model.override_generation_config.setdefault("temperature", 0.0)

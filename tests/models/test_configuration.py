@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Reading the authors' config.json, and what vLLM is told to do differently."""
+
+import json
+
+import pytest
+from checkpoints import write_dream, write_llada
+from transformers import AutoConfig, AutoTokenizer
+from vllm.engine.arg_utils import EngineArgs
+
+import sparsed_vllm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    sparsed_vllm.register()
+
+
+def vllm_config(path, **args):
+    return EngineArgs(str(path), dtype="float32", **args).create_engine_config()
+
+
+def rewrite(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_llada_s_keys_answer_to_vllm_s_names(tmp_path):
+    config = AutoConfig.from_pretrained(write_llada(tmp_path, n_kv_heads=2))
+    assert (config.hidden_size, config.d_model) == (128, 128)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    assert (config.num_hidden_layers, config.intermediate_size) == (2, 192)
+    assert config.max_position_embeddings == 1024
+    assert config.mask_token_id == 258
+    assert config.rope_parameters["rope_theta"] == 500000
+
+
+def test_llada_s_vocabulary_is_its_embedding(tmp_path):
+    write_llada(tmp_path)
+    rewrite(tmp_path, vocab_size=300, embedding_size=320)
+    assert AutoConfig.from_pretrained(tmp_path).vocab_size == 320
+
+
+def test_dream_s_config_keeps_its_mask_and_rope(tmp_path):
+    config = AutoConfig.from_pretrained(write_dream(tmp_path, n_kv_heads=2))
+    assert config.num_key_value_heads == 2
+    assert config.attention_bias
+    assert config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_dream_s_tokenizer_loads_from_vocabulary_and_merges(tmp_path):
+    folder = write_dream(tmp_path)
+    whole = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(whole["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "DreamTokenizer"
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("any text")) == "any text"
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_a_sequence_is_never_split_or_shared(tmp_path, write):
+    config = vllm_config(write(tmp_path))
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.scheduler_cls == "sparsed_vllm.scheduler.DenoisingScheduler"
+    assert config.use_v2_model_runner
+
+
+def test_the_token_budget_holds_the_longest_sequence(tmp_path):
+    write_llada(tmp_path, max_length=16384)
+    config = vllm_config(tmp_path)
+    assert config.scheduler_config.max_num_batched_tokens >= 16384
+
+
+@pytest.mark.parametrize(("given", "default"), [({}, 0.0), ({"temperature": 0.3}, 0.3)])
+def test_temperature_defaults_to_zero_unless_the_checkpoint_has_its_own(tmp_path, given, default):
+    write_llada(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert vllm_config(tmp_path).model_config.get_diff_sampling_param()["temperature"] == default
+
+
+def test_a_user_s_own_default_is_kept(tmp_path):
+    write_llada(tmp_path)
+    config = vllm_config(tmp_path, override_generation_config={"temperature": 0.7})
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"kv_transfer_config": {"kv_connector": "x", "kv_role": "kv_both"}}, "kv-transfer"),
+    ],
+    ids=["pipeline", "kv-transfer"],
+)
+def test_settings_that_cannot_work_are_refused_by_name(tmp_path, args, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        vllm_config(write_llada(tmp_path), **args)
+
+
+def test_the_v1_runner_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="V1 model runner"):
+        vllm_config(write_llada(tmp_path))

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Small random checkpoints in the layout in which the authors of LLaDA and Dream publish theirs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+NUM_BYTES = 256  # token ids 0..255 are bytes, then come the special tokens, the rest is unused
+LLADA_SPECIALS = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+DREAM_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
+LLADA_MASK_ID = NUM_BYTES + LLADA_SPECIALS.index("<|mdm_mask|>")
+LLADA_EOS_ID = NUM_BYTES + LLADA_SPECIALS.index("<|endoftext|>")
+LLADA_EOT_ID = NUM_BYTES + LLADA_SPECIALS.index("<|eot_id|>")
+DREAM_MASK_ID = NUM_BYTES + DREAM_SPECIALS.index("<|mask|>")
+DREAM_EOS_ID = NUM_BYTES + DREAM_SPECIALS.index("<|endoftext|>")
+
+LLADA_CHAT = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+)
+DREAM_CHAT = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network; a head of 32 is the smallest that vLLM's attention on the CPU takes."""
+
+    vocab_size: int = 320
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    d_model: int = 128
+    mlp_hidden_size: int = 192
+    max_length: int = 1024
+
+    @property
+    def kv_size(self) -> int:
+        return self.d_model // self.n_heads * self.n_kv_heads
+
+
+def write_llada(
+    path: str | Path, *, seed: int = 0, shards: int = 1, tie: bool = False, **sizes: int
+) -> Path:
+    """Write a checkpoint like GSAI-ML/LLaDA-8B-Instruct; sizes are the fields of Shape."""
+    shape = Shape(**sizes)
+    folder = _folder(path)
+    _write_json(folder / "config.json", llada_config(shape, tie))
+    _write_json(folder / "generation_config.json", {"eos_token_id": LLADA_EOS_ID})
+    _write_weights(folder, _draw(_llada_weights(shape, tie), seed), shards)
+    _write_tokenizer(folder, LLADA_SPECIALS, "<|startoftext|>", LLADA_CHAT)
+    return folder
+
+
+def write_dream(
+    path: str | Path, *, seed: int = 0, shards: int = 1, tie: bool = False, **sizes: int
+) -> Path:
+    """Write a checkpoint like Dream-org/Dream-v0-Instruct-7B; sizes are the fields of Shape."""
+    shape = Shape(**sizes)
+    folder = _folder(path)
+    _write_json(folder / "config.json", dream_config(shape, tie))
+    _write_json(folder / "generation_config.json", dream_generation_config())
+    _write_weights(folder, _draw(_dream_weights(shape, tie), seed), shards)
+    _write_tokenizer(folder, DREAM_SPECIALS, "<|beginoftext|>", DREAM_CHAT)
+    return folder
+
+
+def llada_config(shape: Shape, tie: bool) -> dict[str, Any]:
+    """The keys of LLaDA's config.json (configuration_llada.py) with small sizes."""
+    return {
+        "activation_type": "silu",
+        "alibi": False,
+        "alibi_bias_max": 8.0,
+        "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "attention_layer_norm_with_affine": True,
+        "auto_map": {
+            "AutoConfig": "configuration_llada.LLaDAConfig",
+            "AutoModel": "modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        },
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": shape.d_model,
+        "embedding_dropout": 0.0,
+        "embedding_size": shape.vocab_size,
+        "eos_token_id": LLADA_EOS_ID,
+        "flash_attention": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "init_cutoff_factor": None,
+        "init_device": "meta",
+        "init_fn": "mitchell",
+        "init_std": 0.02,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": LLADA_MASK_ID,
+        "max_sequence_length": shape.max_length,
+        "mlp_hidden_size": shape.mlp_hidden_size,
+        "mlp_ratio": 4,
+        "model_type": "llada",
+        "multi_query_attention": None,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "n_layers": shape.n_layers,
+        "pad_token_id": LLADA_EOS_ID,
+        "precision": "amp_bf16",
+        "residual_dropout": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 500000.0,
+        "scale_logits": False,
+        "transformers_version": "4.46.3",
+        "use_cache": False,
+        "vocab_size": shape.vocab_size,
+        "weight_tying": tie,
+    }
+
+
+def dream_config(shape: Shape, tie: bool) -> dict[str, Any]:
+    """The keys of Dream's config.json (configuration_dream.py) with small sizes."""
+    return {
+        "architectures": ["DreamModel"],
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamModel",
+        },
+        "bos_token_id": DREAM_EOS_ID,
+        "eos_token_id": DREAM_EOS_ID,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.mlp_hidden_size,
+        "mask_token_id": DREAM_MASK_ID,
+        "max_position_embeddings": shape.max_length,
+        "max_window_layers": 28,
+        "model_type": "Dream",
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_kv_heads,
+        "pad_token_id": DREAM_EOS_ID,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": tie,
+        "torch_dtype": "float32",
+        "transformers_version": "4.46.2",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def dream_generation_config() -> dict[str, Any]:
+    """Dream publishes its decoding defaults; the mask token is null there, the config names it."""
+    return {
+        "_from_model_config": True,
+        "alg": "origin",
+        "alg_temp": None,
+        "bos_token_id": DREAM_EOS_ID,
+        "eos_token_id": DREAM_EOS_ID,
+        "eps": 0.001,
+        "mask_token_id": None,
+        "output_history": False,
+        "pad_token_id": DREAM_EOS_ID,
+        "steps": 512,
+        "temperature": 0.0,
+        "top_k": None,
+        "top_p": None,
+        "transformers_version": "4.46.2",
+    }
+
+
+Sizes = dict[str, tuple[int, ...]]
+
+
+def _llada_weights(shape: Shape, tie: bool) -> Sizes:
+    """Name -> size of every tensor of modeling_llada.py, block type "llama"."""
+    hidden, mlp, top = shape.d_model, shape.mlp_hidden_size, "model.transformer."
+    sizes: Sizes = {top + "wte.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.n_layers):
+        block = f"{top}blocks.{layer}."
+        sizes |= {
+            block + "attn_norm.weight": (hidden,),
+            block + "q_proj.weight": (hidden, hidden),
+            block + "k_proj.weight": (shape.kv_size, hidden),
+            block + "v_proj.weight": (shape.kv_size, hidden),
+            block + "attn_out.weight": (hidden, hidden),
+            block + "ff_norm.weight": (hidden,),
+            block + "ff_proj.weight": (mlp, hidden),
+            block + "up_proj.weight": (mlp, hidden),
+            block + "ff_out.weight": (hidden, mlp),
+        }
+    sizes[top + "ln_f.weight"] = (hidden,)
+    return sizes if tie else sizes | {top + "ff_out.weight": (shape.vocab_size, hidden)}
+
+
+def _dream_weights(shape: Shape, tie: bool) -> Sizes:
+    """Name -> size of every tensor of modeling_dream.py (Qwen2's names)."""
+    hidden, mlp = shape.d_model, shape.mlp_hidden_size
+    sizes: Sizes = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.n_layers):
+        block = f"model.layers.{layer}."
+        sizes |= {
+            block + "input_layernorm.weight": (hidden,),
+            block + "self_attn.q_proj.weight": (hidden, hidden),
+            block + "self_attn.q_proj.bias": (hidden,),
+            block + "self_attn.k_proj.weight": (shape.kv_size, hidden),
+            block + "self_attn.k_proj.bias": (shape.kv_size,),
+            block + "self_attn.v_proj.weight": (shape.kv_size, hidden),
+            block + "self_attn.v_proj.bias": (shape.kv_size,),
+            block + "self_attn.o_proj.weight": (hidden, hidden),
+            block + "post_attention_layernorm.weight": (hidden,),
+            block + "mlp.gate_proj.weight": (mlp, hidden),
+            block + "mlp.up_proj.weight": (mlp, hidden),
+            block + "mlp.down_proj.weight": (hidden, mlp),
+        }
+    sizes["model.norm.weight"] = (hidden,)
+    return sizes if tie else sizes | {"lm_head.weight": (shape.vocab_size, hidden)}
+
+
+def _draw(sizes: Sizes, seed: int) -> dict[str, torch.Tensor]:
+    """Draw every tensor: norms around one, biases small, matrices with a gain.
+
+    Chosen by trial so that a masked place depends on its context and position, confidences
+    spread from 0.1 to 0.9, and float32 rounding moves a logit by some 1e-5, not more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, size in sizes.items():
+        noise = torch.randn(size, generator=generator)
+        if len(size) == 2:
+            weights[name] = noise * _gain(name) * size[1] ** -0.5
+        else:
+            weights[name] = 0.3 * noise if name.endswith("bias") else 1 + 0.1 * noise
+    return weights
+
+
+def _gain(name: str) -> float:
+    """By how much a matrix makes its input larger."""
+    if name in ("model.transformer.ff_out.weight", "lm_head.weight"):
+        return 3.0
+    module = name.split(".")[-2]
+    if module in ("q_proj", "k_proj"):
+        return 1.4
+    return 2.0 if module in ("wte", "embed_tokens", "v_proj", "attn_out", "o_proj") else 1.0
+
+
+def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+    """One file, or several with an index; neighbours in the network lie in different shards."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        names = list(weights)[shard::shards]
+        save_file({n: weights[n] for n in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(w.nbytes for w in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, chat: str) -> None:
+    """A byte-level tokenizer without merges: any text survives a round trip."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": chat,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _folder(path: str | Path) -> Path:
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The worker's side of denoising: each step's token ids, attention metadata and logits rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from sparsed_vllm.admission import denoising_params, family_of
+from sparsed_vllm.denoising import Denoising
+from sparsed_vllm.sampler import DenoisingSampler
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request's part of a step.
+
+    places int64 [n]: the places of its canvas whose logits are read, -1 for padding
+    query_start: where its sequence begins in the batch;  prompt_len: tokens before the canvas
+    """
+
+    denoising: Denoising
+    places: Tensor
+    query_start: int
+    prompt_len: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step does with each request of `batch`, in batch order; None: no canvas (warm-up)."""
+
+    batch: InputBatch
+    turns: list[Turn | None]
+
+
+class DenoisingModelState(ModelState):
+    """Keeps one `Denoising` per running request and feeds its canvas to the model each step.
+
+    The canvas here is the authority on a request's tokens; what vLLM's own buffers hold behind
+    the prompt is overwritten before the model runs.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.family = family_of(self.model_config)
+        self.mask_token_id = self.model_config.hf_config.mask_token_id
+        self.requests: dict[str, Denoising] = {}
+        self.generator = torch.Generator(device)
+        self.plan: StepPlan | None = None
+        self.req_states: RequestState | None = None
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Open the canvas of a request that is new, or resumes after preemption."""
+        params = new_req_data.sampling_params
+        canvas = (new_req_data.prefill_token_ids or [])[new_req_data.prompt_len :]
+        if params is None or len(canvas) != params.max_tokens:
+            return  # vLLM's warm-up sends prompts without a canvas.
+        assert params.seed is not None, "the scheduler seeds every request"
+        self.requests[new_req_data.req_id] = Denoising(
+            denoising_params(self.family, params),
+            canvas,
+            num_final=sum(token != self.mask_token_id for token in canvas),
+            mask_token_id=self.mask_token_id,
+            seed=params.seed,
+            generator=self.generator,
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        self.requests.pop(req_id, None)
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        """Choose the rows whose logits the step reads: open places only."""
+        starts = input_batch.query_start_loc_np
+        turns = [
+            self._turn(req_id, int(starts[i]), int(starts[i + 1]))
+            for i, req_id in enumerate(input_batch.req_ids)
+        ]
+        self.plan = StepPlan(input_batch, turns)
+        rows = [self._rows(turn) for turn in turns if turn is not None]
+        if any(len(part) for part in rows):
+            input_batch.logits_indices = torch.cat(rows)
+        else:
+            input_batch.logits_indices = input_batch.logits_indices[:1]
+
+    def _turn(self, req_id: str, start: int, end: int) -> Turn | None:
+        denoising = self.requests.get(req_id)
+        if denoising is None:
+            return None
+        prompt_len = end - start - denoising.params.num_tokens
+        return Turn(denoising, denoising.open_places(), start, prompt_len)
+
+    def _rows(self, turn: Turn) -> Tensor:
+        """Rows of the hidden states that predict `turn.places`; padding reads the first."""
+        first = turn.query_start + turn.prompt_len - self.family.shifts_logits
+        return first + turn.places.clamp(min=0)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Write each canvas behind its prompt. Also called for vLLM's dummy batches."""
+        self.req_states = req_states
+        for turn in self.turns_of(input_batch):
+            if turn is not None:
+                canvas = turn.denoising.canvas.tokens
+                start = turn.query_start + turn.prompt_len
+                input_batch.input_ids[start : start + len(canvas)] = canvas
+        return {}
+
+    def turns_of(self, input_batch: InputBatch) -> list[Turn | None]:
+        """The turns planned for `input_batch`; none for a batch that was not planned (dummy)."""
+        if self.plan is None or self.plan.batch is not input_batch:
+            return []
+        return self.plan.turns
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        return {}
+
+    def prepare_inputs_embeds(
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        req_states: RequestState,
+    ) -> Tensor | None:
+        return None
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Attention metadata by layer name: every sequence whole, both ways."""
+        padded = cudagraph_mode == CUDAGraphMode.FULL
+        num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
+        num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
+        seq_lens_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+        starts = torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1])
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=starts,
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=self.max_model_len if for_capture else int(seq_lens_bound.max()),
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            positions=input_batch.positions,
+            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+            for_cudagraph_capture=for_capture,
+            causal=False,
+            ubatch_idx=ubatch_idx,
+        )
+
+    def custom_sampler(self, sampler: Any) -> tuple[DenoisingSampler, None]:
+        return DenoisingSampler(self, sampler.compute_nans), None

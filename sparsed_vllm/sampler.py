@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""One denoising step for the batch: logits in, final tokens out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from sparsed_vllm.model_state import DenoisingModelState, Turn
+
+
+class DenoisingSampler:
+    """Stands in for vLLM's `Sampler`: the canvases live in the model state, this advances them."""
+
+    def __init__(self, state: DenoisingModelState, compute_nans: bool) -> None:
+        self.state = state
+        self.compute_nans = compute_nans
+        # Read by the runner after each step; no canvas has penalties.
+        self.penalties_state = SimpleNamespace(output_bin_counts=None)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """Nothing to do: the model state opens the canvas."""
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """Advance every canvas of the batch by one step.
+
+        logits [rows, vocab]: the rows chosen by the model state, request by request
+        Returns for each request the tokens that became final in this step, often none.
+        """
+        turns = self.state.turns_of(input_batch) or [None] * input_batch.num_reqs
+        self._rewind_total_len(turns, input_batch)
+        num_rows = [len(turn.places) if turn else 0 for turn in turns]
+        parts = logits[: sum(num_rows)].split(num_rows)
+        taken = [self._advance(turn, rows) for turn, rows in zip(turns, parts, strict=True)]
+        return self._output(taken, input_batch)
+
+    def _advance(self, turn: Turn | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that became final, int64 [width], and how many of them count, int64 []."""
+        if turn is None:
+            return rows.new_empty(0, dtype=torch.int64), rows.new_zeros((), dtype=torch.int64)
+        turn.denoising.advance(turn.places, rows)
+        return turn.denoising.take_final()
+
+    def _rewind_total_len(self, turns: list[Turn | None], input_batch: InputBatch) -> None:
+        """Point vLLM's record of each sequence at the end of what was handed out.
+
+        vLLM took the masks behind the prompt for prompt, and appends after them: past the row's
+        end, into the next request's.
+        """
+        req_states = self.state.req_states
+        if req_states is None or None in turns:
+            return  # Warm-up, which hands out nothing.
+        num_taken = torch.stack([turn.denoising.num_taken for turn in turns if turn])
+        slots = input_batch.idx_mapping
+        prompt_len = req_states.prompt_len.gpu[slots]
+        req_states.total_len.gpu[slots] = prompt_len + num_taken.to(prompt_len.dtype)
+
+    def _output(self, taken: list[tuple[Tensor, Tensor]], input_batch: InputBatch) -> SamplerOutput:
+        """Pad the requests' tokens to one width, and tell the runner that nothing is cached."""
+        tokens, counts = zip(*taken, strict=True)
+        starts = input_batch.query_start_loc[: len(taken) + 1]
+        width = max(1, *(len(part) for part in tokens))
+        return SamplerOutput(
+            sampled_token_ids=torch.stack([F.pad(part, (0, width - len(part))) for part in tokens]),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=torch.stack(counts).int(),
+            # All of the query, so that the next step computes the whole sequence again.
+            num_rejected=starts.diff(),
+        )

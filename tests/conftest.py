@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Settings for vLLM, made before it is imported, and the engines that tests share."""
+
+import os
+
+# One process, so that a test can look into the scheduler; test_serve.py spawns its own.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from checkpoints import write_dream, write_llada
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped, with the reason, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def llada_path(tmp_path_factory):
+    """A LLaDA checkpoint with grouped keys, in two shards."""
+    return write_llada(tmp_path_factory.mktemp("llada"), n_kv_heads=2, shards=2)
+
+
+@pytest.fixture(scope="session")
+def dream_path(tmp_path_factory):
+    return write_dream(tmp_path_factory.mktemp("dream"), n_kv_heads=2)
+
+
+def start_engine(path, **kwargs):
+    """An engine in this process, small and exact."""
+    from vllm import LLM
+
+    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+    return LLM(str(path), **{**defaults, **kwargs})
+
+
+@pytest.fixture(scope="session")
+def llada(llada_path):
+    return start_engine(llada_path)
+
+
+@pytest.fixture(scope="session")
+def dream(dream_path):
+    return start_engine(dream_path)
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Requests that cannot be served: told so by name, and nobody else notices."""
+
+import pytest
+from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+
+pytestmark = pytest.mark.engine
+
+PROMPT = {"prompt_token_ids": [1, 2, 3]}
+
+
+def ask(llm, prompt=PROMPT, **sampling):
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, **sampling})
+    return llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def refusal(llm, prompt=PROMPT, **sampling):
+    """What a refused request is told; the engine must go on serving."""
+    with pytest.raises((ValueError, VLLMValidationError)) as refused:
+        ask(llm, prompt, **sampling)
+    assert len(ask(llm, ignore_eos=True)) == 8
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logit_bias": {1: 2.0}},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.2},
+        {"min_p": 0.1, "temperature": 1.0},
+        {"min_tokens": 2},
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"logprob_token_ids": [1]},
+        {"bad_words": ["a"]},
+        {"allowed_token_ids": [1, 2]},
+        {"structured_outputs": StructuredOutputsParams(choice=["a", "b"])},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_what_denoising_does_not_use_is_refused_by_name(llada, sampling):
+    field = next(iter(sampling))
+    message = refusal(llada, **sampling)
+    assert message.startswith(f"{field} must be absent or")
+    assert "leave" in message.lower()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"steps": 0},
+        {"steps": 10**9},
+        {"block_length": 9},
+        {"threshold": 2},
+        {"alg": "entropy"},
+        {"remasking": "no"},
+        {"cfg_scale": 1},
+        {"stepz": 4},
+    ],
+    ids=str,
+)
+def test_bad_denoising_parameters_are_refused_by_name(llada, extra):
+    field, value = next(iter(extra.items()))
+    message = refusal(llada, extra_args=extra)
+    assert message.startswith(f"{field} must be")
+    assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 3}])
+def test_llada_refuses_truncation_and_dream_does_it(llada, dream, sampling):
+    assert "for a LLaDA model" in refusal(llada, temperature=1.0, **sampling)
+    assert ask(dream, temperature=1.0, **sampling)
+
+
+def test_prompt_and_canvas_must_fit_the_model(llada):
+    long = {"prompt_token_ids": [1] * 510}
+    assert "at most 2 (max_model_len 512 less 510 of prompt)" in refusal(llada, long)
+
+
+def test_a_prompt_must_not_be_empty(llada):
+    assert "cannot be empty" in refusal(llada, {"prompt_token_ids": []})
+
+
+@pytest.mark.parametrize("token", [-1, 320, 10**6])
+def test_prompt_tokens_must_be_in_the_vocabulary(llada, token):
+    assert str(token) in refusal(llada, {"prompt_token_ids": [1, token]})
+
+
+def test_a_mask_in_the_prompt_is_refused(llada, dream):
+    with pytest.raises(ValueError):
+        ask(llada, {"prompt_token_ids": [LLADA_MASK_ID]})
+    assert "mask token" in refusal(llada, {"prompt_token_ids": [1, LLADA_MASK_ID]})
+    assert "mask token" in refusal(dream, {"prompt_token_ids": [DREAM_MASK_ID]})
+
+
+def test_beam_search_is_refused(llada):
+    with pytest.raises(ValueError, match="beam search"):
+        llada.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4))
+
+
+def test_a_bad_request_leaves_its_batch_mates_alone(llada):
+    good = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    alone = ask(llada, ignore_eos=True)
+    engine = llada.llm_engine
+    engine.add_request("1", PROMPT, good)
+    engine.step()
+    with pytest.raises(ValueError, match="steps"):
+        engine.add_request("2", PROMPT, SamplingParams(extra_args={"steps": -1}))
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [out for out in engine.step() if out.finished]
+    assert [out.outputs[0].token_ids for out in finished] == [alone]
+
+
+def test_the_caller_s_parameters_are_not_changed(llada):
+    params = SamplingParams(temperature=0.5, max_tokens=4)
+    llada.generate([PROMPT], params, use_tqdm=False)
+    assert params.seed is None
+
+
+def test_text_ends_at_eos_and_at_stop_tokens(llada):
+    whole = ask(llada, ignore_eos=True, max_tokens=24, extra_args={"block_length": 8})
+    stop = whole[11]
+    cut = ask(llada, max_tokens=24, stop_token_ids=[stop], extra_args={"block_length": 8})
+    assert list(cut) == list(whole[: list(whole).index(stop) + 1])
+
+
+def test_chat_renders_the_checkpoint_s_template(llada, dream):
+    for llm in (llada, dream):
+        (output,) = llm.chat(
+            [{"role": "user", "content": "hi"}],
+            SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+            use_tqdm=False,
+        )
+        assert len(output.outputs[0].token_ids) == 8
+
+
+def test_temperature_is_zero_unless_the_request_says_otherwise(llada, dream):
+    for llm in (llada, dream):
+        assert llm.get_default_sampling_params().temperature == 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""`vllm serve` in processes of its own, asked by the OpenAI client."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import oracle
+import pytest
+from checkpoints import LLADA_MASK_ID
+
+pytestmark = pytest.mark.engine
+
+START_TIMEOUT = 300  # seconds
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_ready(server, client):
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "vllm serve ended early; see its log"
+        try:
+            return client.models.list()
+        except openai.APIConnectionError:
+            time.sleep(1)
+    raise TimeoutError("vllm serve did not come up")
+
+
+@pytest.fixture(scope="module")
+def client(llada_path, tmp_path_factory):
+    """An OpenAI client of a running server."""
+    port = free_port()
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(llada_path)]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+    try:
+        wait_until_ready(server, client)
+        yield client
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+        print(log.read_text()[-5000:])
+
+
+def complete(client, prompt, max_tokens=16, **extra):
+    return client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=max_tokens,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": extra},
+    )
+
+
+def test_completions_give_the_oracle_s_tokens_whoever_else_is_served(client, llada_path):
+    network = oracle.load_llada(llada_path)
+    prompts = [[7 * i % 256 for i in range(length)] for length in (1, 20, 90, 200)]
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda p: complete(client, p, steps=8, block_length=8), prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = oracle.llada_generate(
+            network, prompt, steps=8, gen_length=16, block_length=8, mask_id=LLADA_MASK_ID
+        )
+        if not expected.met_a_tie():
+            assert answer.choices[0].token_ids == expected.ids
+        assert answer.usage.completion_tokens == 16
+
+
+def test_chat_streams_blocks_as_they_become_final(client):
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True, "vllm_xargs": {"block_length": 8}},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage.completion_tokens == 24
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field"),
+    [
+        ({"extra_body": {"vllm_xargs": {"steps": 0}}}, "steps"),
+        ({"extra_body": {"vllm_xargs": {"steps": "many"}}}, "steps"),
+        ({"extra_body": {"vllm_xargs": {"block_length": [1]}}}, "block_length"),
+        ({"extra_body": {"vllm_xargs": {"stepz": 3}}}, "stepz"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"temperature": 1.0, "top_p": 0.5}, "top_p"),
+        ({"max_tokens": 600}, "max_tokens"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "structured_outputs"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2}, "logprobs"),
+        ({"prompt": [1, LLADA_MASK_ID]}, "prompt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_requests_are_answered_with_400_and_the_field(client, request_body, field):
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 8, **request_body}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**body)
+    assert refused.value.status_code == 400
+    assert field in refused.value.body["message"]
+    assert complete(client, "hello").choices[0].finish_reason == "length"
+
+
+def test_a_client_that_hangs_up_leaves_the_server_serving(client):
+    stream = client.completions.create(
+        model="tiny",
+        prompt="hello",
+        max_tokens=400,
+        stream=True,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"block_length": 4}},
+    )
+    next(iter(stream))
+    stream.close()
+    assert complete(client, "hello").usage.completion_tokens == 16

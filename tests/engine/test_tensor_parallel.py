@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Two processes that share the network give the tokens of one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+GENERATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    path, ranks = sys.argv[1:]
+    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
+              tensor_parallel_size=int(ranks))
+    prompts = [{"prompt_token_ids": [i * 3 % 256 for i in range(n)]} for n in (1, 30, 200)]
+    tokens = []
+    for sampling in ({"temperature": 0}, {"temperature": 0.8, "seed": 3}):
+        for extra in ({"steps": 8}, {"block_length": 4}, {"threshold": 0.05}):
+            params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args=extra, **sampling)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            tokens += [list(output.outputs[0].token_ids) for output in outputs]
+    print("TOKENS", json.dumps(tokens))
+"""
+
+
+def generate(tmp_path, path, ranks):
+    """The tokens of an engine of `ranks` processes, in a process tree of its own."""
+    script = tmp_path / "generate.py"
+    script.write_text(GENERATE)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    if ranks > 1:  # vLLM binds each process to cores; it cannot share out one NUMA node itself
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(ranks))
+    done = subprocess.run(
+        [sys.executable, script, path, str(ranks)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("TOKENS "))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
+    assert generate(tmp_path, llada_path, ranks=2) == generate(tmp_path, llada_path, ranks=1)

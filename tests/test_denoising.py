@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""One request's denoising on a plain network: the loop without the engine."""
+
+import oracle
+import pytest
+import torch
+from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
+
+from sparsed_vllm.denoising import Denoising
+from sparsed_vllm.families import DREAM, LLADA
+from sparsed_vllm.params import parse_params
+
+PROMPT = [104, 101, 108, 108, 111]
+
+
+@pytest.fixture(scope="session")
+def networks(llada_path, dream_path):
+    return {LLADA: oracle.load_llada(llada_path), DREAM: oracle.load_dream(dream_path)}
+
+
+def open_request(family, *, num_tokens=24, final=(), seed=0, temperature=0.0, **extra):
+    mask = LLADA_MASK_ID if family is LLADA else DREAM_MASK_ID
+    params = parse_params(
+        family,
+        max_tokens=num_tokens,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        ignore_eos=False,
+        extra_args=extra,
+    )
+    return Denoising(
+        params,
+        [*final, *[mask] * (num_tokens - len(final))],
+        num_final=len(final),
+        mask_token_id=mask,
+        seed=seed,
+        generator=torch.Generator(),
+    )
+
+
+def take_step(denoising, network, shift):
+    """One step on `network`; returns the tokens that became final."""
+    ids = torch.cat([torch.tensor(PROMPT), denoising.canvas.tokens])
+    places = denoising.open_places()
+    logits = network(ids[None])[0][len(PROMPT) - shift + places.clamp(min=0)]
+    denoising.advance(places, logits)
+    tokens, count = denoising.take_final()
+    return tokens[:count].tolist()
+
+
+def run(family, networks, **request):
+    """All steps of a request; returns the chunks of tokens it handed out."""
+    denoising = open_request(family, **request)
+    chunks = []
+    while not denoising.is_over:
+        chunks.append(take_step(denoising, networks[family], family.shifts_logits))
+    return chunks
+
+
+def flat(chunks):
+    return [token for chunk in chunks for token in chunk]
+
+
+def test_a_block_is_handed_out_at_its_last_step(networks):
+    chunks = run(LLADA, networks, steps=6, block_length=8)
+    assert [len(chunk) for chunk in chunks] == [0, 8, 0, 8, 0, 8]
+
+
+def test_without_early_stop_all_is_handed_out_at_the_end(networks):
+    whole = run(LLADA, networks, steps=6, block_length=8, early_stop=0)
+    assert [len(chunk) for chunk in whole] == [0, 0, 0, 0, 0, 24]
+    assert flat(whole) == flat(run(LLADA, networks, steps=6, block_length=8))
+
+
+def test_a_threshold_hands_out_blocks_as_they_fill(networks):
+    chunks = run(LLADA, networks, threshold=0.05, block_length=8)
+    expected = oracle.llada_generate(
+        networks[LLADA],
+        PROMPT,
+        steps=24,
+        gen_length=24,
+        block_length=8,
+        threshold=0.05,
+        mask_id=LLADA_MASK_ID,
+    )
+    assert flat(chunks) == expected.ids
+    assert len([chunk for chunk in chunks if chunk]) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        (LLADA, {"steps": 12, "temperature": 0.9}),
+        (LLADA, {"steps": 12, "remasking": "random"}),
+        (DREAM, {"steps": 12, "alg": "origin"}),
+        (DREAM, {"steps": 12, "alg": "entropy", "alg_temp": 0.5, "temperature": 0.4}),
+    ],
+)
+def test_a_seed_repeats_the_request(networks, family, extra):
+    first, again, other = (flat(run(family, networks, seed=seed, **extra)) for seed in (1, 1, 2))
+    assert len(first) == 24
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("resume_after", [8, 16])
+def test_a_resumed_request_ends_as_if_never_preempted(networks, temperature, resume_after):
+    request = {"steps": 12, "block_length": 8, "temperature": temperature, "seed": 5}
+    whole = flat(run(LLADA, networks, **request))
+    rest = run(LLADA, networks, final=whole[:resume_after], **request)
+    assert whole[:resume_after] + flat(rest) == whole
+
+
+def test_logits_are_asked_for_open_places_only(networks):
+    denoising = open_request(LLADA, steps=12, block_length=8)
+    asked = []
+    while not denoising.is_over:
+        asked.append(len(denoising.open_places()))
+        take_step(denoising, networks[LLADA], shift=False)
+    assert asked == [8, 6, 4, 2] * 3
+
+
+def test_a_step_that_fills_nothing_asks_for_nothing(networks):
+    denoising = open_request(LLADA, num_tokens=4, steps=16)
+    for _ in range(4):
+        take_step(denoising, networks[LLADA], shift=False)
+    assert denoising.canvas.num_final() == 4
+    assert len(denoising.open_places()) == 0
+
+
+def test_a_step_beyond_the_last_changes_nothing(networks):
+    denoising = open_request(LLADA, num_tokens=4, threshold=1e-9)
+    assert len(take_step(denoising, networks[LLADA], shift=False)) == 4
+    before = denoising.canvas.tokens.clone()
+    assert take_step(denoising, networks[LLADA], shift=False) == []
+    assert torch.equal(denoising.canvas.tokens, before)
+
+
+def test_logits_that_are_not_numbers_still_end_the_request():
+    denoising = open_request(LLADA, num_tokens=4, threshold=0.5)
+    handed_out = []
+    while not denoising.is_over:
+        places = denoising.open_places()
+        denoising.advance(places, torch.full((len(places), 320), torch.nan))
+        tokens, count = denoising.take_final()
+        handed_out += tokens[:count].tolist()
+    assert len(handed_out) == 4

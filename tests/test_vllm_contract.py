@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Everything in vLLM that we build on still has the shape we expect."""
+
+import dataclasses
+import inspect
+
+import msgspec
+import pytest
+import vllm
+from vllm import SamplingParams
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.states import RequestState
+
+from sparsed_vllm.admission import SERVED_FIELDS
+from sparsed_vllm.compat import missing_seams, why_unsupported
+from sparsed_vllm.model_state import DenoisingModelState
+from sparsed_vllm.models import ARCHITECTURES
+from sparsed_vllm.patches.apply import apply_all
+from sparsed_vllm.patches.inventory import PATCHES
+from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.scheduler import DenoisingScheduler
+
+
+def names_of(function):
+    return list(inspect.signature(function).parameters)
+
+
+def overridden(ours, theirs):
+    """Methods that `ours` defines and `theirs` has too."""
+    return [
+        name
+        for name, member in vars(ours).items()
+        if inspect.isfunction(member) and hasattr(theirs, name) and name != "__init__"
+    ]
+
+
+def test_this_vllm_is_supported_and_has_every_seam():
+    assert why_unsupported(vllm.__version__) is None
+    assert missing_seams() == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(DenoisingScheduler, Scheduler), (DenoisingModelState, ModelState)]
+)
+def test_our_overrides_take_what_vllm_passes(ours, theirs):
+    assert overridden(ours, theirs)
+    for name in overridden(ours, theirs):
+        assert names_of(getattr(ours, name)) == names_of(getattr(theirs, name)), name
+
+
+def test_patches_fit_their_targets():
+    apply_all(PATCHES)
+
+
+def test_the_runner_asks_our_sampler_only_for_what_it_has():
+    source = inspect.getsource(model_runner.GPUModelRunner)
+    used = {"add_request", "apply_staged_writes", "penalties_state", "compute_nans"}
+    for name in used:
+        assert f"self.sampler.{name}" in source, name
+        assert (
+            name in vars(DenoisingSampler)
+            or name in names_of(DenoisingSampler.__init__)
+            or (name == "penalties_state")
+        )
+
+
+def test_logits_rows_can_be_replaced_before_the_forward():
+    assert not InputBatch.__dataclass_params__.frozen
+    fields = {field.name for field in dataclasses.fields(InputBatch)}
+    assert fields >= {"logits_indices", "input_ids", "query_start_loc_np", "idx_mapping"}
+    execute = inspect.getsource(model_runner.GPUModelRunner.execute_model)
+    assert execute.index("preprocess_state(") < execute.index("model_state.prepare_inputs(")
+    sample = inspect.getsource(model_runner.GPUModelRunner.sample)
+    assert "hidden_states[input_batch.logits_indices]" in sample
+
+
+def test_a_sampler_may_say_how_many_tokens_count():
+    fields = [field.name for field in dataclasses.fields(SamplerOutput)]
+    assert fields[:5] == [
+        "sampled_token_ids",
+        "logprobs_tensors",
+        "num_nans",
+        "num_sampled",
+        "num_rejected",
+    ]
+
+
+def test_attention_metadata_can_be_bidirectional():
+    assert inspect.signature(build_attn_metadata).parameters["causal"].default is True
+
+
+def test_requests_have_the_fields_that_the_scheduler_sets():
+    request = Request("1", [1, 2], SamplingParams(max_tokens=4), None)
+    views = request.all_token_ids
+    request._all_token_ids.extend([9, 9])
+    assert list(views) == [1, 2, 9, 9]
+    assert request.num_tokens == 4
+    assert request.num_output_tokens == 0
+    assert request.next_decode_eligible_step == 0
+    assert "num_sampled_tokens_per_step" in inspect.getsource(Scheduler.schedule)
+
+
+def test_the_worker_keeps_each_sequence_s_length_where_we_set_it():
+    assert "total_len" in inspect.getsource(RequestState.__init__)
+    assert "self.req_states.total_len.gpu" in inspect.getsource(
+        model_runner.GPUModelRunner.postprocess_sampled
+    )
+
+
+def test_every_sampling_parameter_we_serve_exists():
+    assert {field.name for field in msgspec.structs.fields(SamplingParams)} >= SERVED_FIELDS
+
+
+def test_our_architectures_are_registered_with_their_hook():
+    from vllm.model_executor.models import ModelRegistry
+
+    import sparsed_vllm
+
+    sparsed_vllm.register()
+    for architecture in ARCHITECTURES:
+        assert architecture in ModelRegistry.get_supported_archs()
+        assert MODELS_CONFIG_MAP[architecture].__name__ == "DenoisingModelConfig"

@@ -13,7 +13,7 @@ setup(
     version="0.1.0",
     description="A vLLM plugin that serves full-attention diffusion language models",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -73,6 +73,9 @@ def denoising_params(family: Family, params: SamplingParams) -> DenoisingParams:
 class RequestRefused(VLLMValidationError, ValueError):
     """vLLM's validation error, which becomes HTTP 400, and the ValueError that Python expects."""
 
+    def __init__(self, error: BadRequest) -> None:
+        VLLMValidationError.__init__(self, str(error), parameter=error.field, value=error.value)
+
 
 def check_request(model_config: ModelConfig, request: EngineCoreRequest) -> None:
     """Refuse a request that cannot be served as it asks.
@@ -86,7 +89,7 @@ def check_request(model_config: ModelConfig, request: EngineCoreRequest) -> None
         denoising_params(family_of(model_config), request.sampling_params)
         _check_prompt(model_config, request.prompt_token_ids or [], request.sampling_params)
     except BadRequest as error:
-        raise RequestRefused(str(error), parameter=error.field, value=error.value) from error
+        raise RequestRefused(error) from error
 
 
 def _check_kind(request: EngineCoreRequest) -> None:

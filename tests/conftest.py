@@ -36,21 +36,17 @@ def dream_path(tmp_path_factory):
     return write_dream(tmp_path_factory.mktemp("dream"), n_kv_heads=2)
 
 
-def start_engine(path, **kwargs):
-    """An engine in this process, small and exact."""
-    from vllm import LLM
-
-    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
-    return LLM(str(path), **{**defaults, **kwargs})
-
-
 @pytest.fixture(scope="session")
 def llada(llada_path):
+    from engines import start_engine
+
     return start_engine(llada_path)
 
 
 @pytest.fixture(scope="session")
 def dream(dream_path):
+    from engines import start_engine
+
     return start_engine(dream_path)
 
 

@@ -5,7 +5,9 @@
 import random
 
 import pytest
+from engines import start_engine
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 
 pytestmark = pytest.mark.engine
 
@@ -184,6 +186,48 @@ def test_preempted_requests_give_the_same_tokens(llada, free_pages, after):
     got = {out.request_id.split("-")[0]: list(out.outputs[0].token_ids) for out in finished}
     assert [got[str(i)] for i in range(3)] == undisturbed
     assert_nothing_is_left(llada, free_pages)
+
+
+@pytest.fixture(scope="module")
+def async_llada(llada_path):
+    """An engine that schedules a step while another runs; the CPU platform would forbid it."""
+    platform = type(current_platform)
+    settle = platform.check_and_update_config.__func__
+
+    def settle_async(cls, config):
+        settle(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "check_and_update_config", classmethod(settle_async))
+        llm = start_engine(llada_path)
+    assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
+    return llm
+
+
+def test_async_scheduling_changes_no_token(llada, async_llada):
+    requests = mixed_requests(12, seed=11)
+    assert tokens(async_llada, requests) == tokens(llada, requests)
+    run_steps(async_llada, 2)
+    assert not worker_state_of(async_llada).requests
+
+
+def test_async_scheduling_sends_no_step_beyond_the_last(async_llada, monkeypatch):
+    scheduler = scheduler_of(async_llada)
+    sent = []
+    schedule = scheduler.schedule
+
+    def spy(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        sent.append(output.total_num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", spy)
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, extra_args={"steps": 5}
+    )
+    tokens(async_llada, [([1, 2, 3], params)])
+    assert [total for total in sent if total] == [11] * 5
 
 
 def test_samples_of_one_request_differ(llada):

@@ -12,11 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from sparsed_vllm.params import DenoisingParams
+from sparsed_vllm.unmasking import choose_tokens, rows_at_once
+
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from sparsed_vllm.model_state import DenoisingModelState, Turn
+
+
+COSTLIEST = DenoisingParams(1, 1, 1, policy="low_confidence", temperature=1.0)
+"""The decoding that takes the most memory for each row of logits."""
 
 
 class DenoisingSampler:
@@ -40,12 +47,26 @@ class DenoisingSampler:
         logits [rows, vocab]: the rows chosen by the model state, request by request
         Returns for each request the tokens that became final in this step, often none.
         """
-        turns = self.state.turns_of(input_batch) or [None] * input_batch.num_reqs
+        turns = self.state.turns_of(input_batch)
+        if not turns:
+            self._hold_largest_step(logits)
+            turns = [None] * input_batch.num_reqs
         self._rewind_total_len(turns, input_batch)
         num_rows = [len(turn.places) if turn else 0 for turn in turns]
         parts = logits[: sum(num_rows)].split(num_rows)
         taken = [self._advance(turn, rows) for turn, rows in zip(turns, parts, strict=True)]
         return self._output(taken, input_batch)
+
+    def _hold_largest_step(self, logits: Tensor) -> None:
+        """Take, for a moment, the memory of a step in which every token of the batch is masked.
+
+        vLLM's dummy batches measure what a step needs; theirs has one row of logits a request.
+        """
+        if logits.device.type == "cpu":
+            return
+        largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
+        some = largest[: rows_at_once(logits.shape[-1])]
+        choose_tokens(some, COSTLIEST, self.state.mask_token_id, self.state.generator)
 
     def _advance(self, turn: Turn | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens that became final, int64 [width], and how many of them count, int64 []."""

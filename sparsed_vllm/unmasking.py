@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Block, even_share
 
-_FLOAT64_ELEMENTS = 1 << 25  # rows x vocabulary worked on at once: 256 MiB in float64
+_ELEMENTS_AT_ONCE = 1 << 25  # rows x vocabulary worked on together: 256 MiB in float64
 
 
 def choose_tokens(
@@ -26,10 +26,17 @@ def choose_tokens(
     Returns tokens int64 [rows] and confidence float32 [rows], higher is surer.
     """
     choose = _choose_llada if params.policy in ("low_confidence", "random") else _choose_dream
-    rows = max(1, _FLOAT64_ELEMENTS // logits.shape[-1])
-    parts = [choose(part.float(), params, mask_token_id, generator) for part in logits.split(rows)]
+    parts = [
+        choose(part.float(), params, mask_token_id, generator)
+        for part in logits.split(rows_at_once(logits.shape[-1]))
+    ]
     tokens, confidences = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(confidences)
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows of logits that `choose_tokens` works on together; bounds its memory."""
+    return max(1, _ELEMENTS_AT_ONCE // vocab_size)
 
 
 def _choose_llada(

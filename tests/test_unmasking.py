@@ -104,7 +104,7 @@ def test_a_seed_repeats_the_draw_and_another_does_not(logits):
 
 def test_large_vocabularies_are_worked_on_in_parts(logits, monkeypatch):
     whole = choose_tokens(logits, params(), MASK, generator())
-    monkeypatch.setattr("sparsed_vllm.unmasking._FLOAT64_ELEMENTS", 150)
+    monkeypatch.setattr("sparsed_vllm.unmasking._ELEMENTS_AT_ONCE", 150)
     parts = choose_tokens(logits, params(), MASK, generator())
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -100,11 +100,11 @@ class DenoisingModelState(ModelState):
             for i, req_id in enumerate(input_batch.req_ids)
         ]
         self.plan = StepPlan(input_batch, turns)
-        rows = [self._rows(turn) for turn in turns if turn is not None]
-        if any(len(part) for part in rows):
-            input_batch.logits_indices = torch.cat(rows)
-        else:
-            input_batch.logits_indices = input_batch.logits_indices[:1]
+        if None in turns:
+            return  # Warm-up, which counts on vLLM's own rows.
+        rows = torch.cat([self._rows(turn) for turn in turns if turn])
+        # A step that fills nothing still has a row: kernels for none at all are rarely tried.
+        input_batch.logits_indices = rows if len(rows) else input_batch.logits_indices[:1]
 
     def _turn(self, req_id: str, start: int, end: int) -> Turn | None:
         denoising = self.requests.get(req_id)

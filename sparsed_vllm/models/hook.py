@@ -3,6 +3,7 @@
 """Settings of vLLM that our models need, made when vLLM resolves a model's configuration."""
 
 from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -23,7 +24,14 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
         if missing := missing_seams():
             raise ValueError(f"this vLLM lacks what sparsed-vllm builds on: {', '.join(missing)}")
         _refuse_unsupported(vllm_config)
+        logger.info(
+            "Prefix caching and chunked prefill are off: every denoising step computes a request's "
+            "whole sequence anew."
+        )
         vllm_config.cache_config.enable_prefix_caching = False
+        if vllm_config.compilation_config.cudagraph_mode is None:
+            # Full graphs are for decodes of a few tokens; no step here is one.
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
         _default_to_temperature_zero(vllm_config.model_config)
 

@@ -7,6 +7,8 @@ import pytest
 from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID, write_dream, write_llada
 from engines import start_engine
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
 pytestmark = pytest.mark.engine
 
@@ -65,3 +67,19 @@ def test_vllm_s_own_flags_work(llada_path, engine):
 
 def test_a_compiled_network_gives_the_same_tokens(llada_path):
     assert generate(llada_path, enforce_eager=False) == generate(llada_path)
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_vllm_s_warm_up_passes_through(tmp_path, monkeypatch, write):
+    # Grammar masks are for requests that are refused; their kernel does not run interpreted.
+    monkeypatch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *_: None)
+    llm = start_engine(write(tmp_path))
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    steps = (worker.model_runner, worker.execute_model, worker.sample_tokens)
+    warmup_kernels(*steps)
+    assert run_mixed_prefill_decode_warmup(*steps, 64)
+    worker.model_runner.profile_run()
+    assert not worker.model_runner.model_state.requests
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 8

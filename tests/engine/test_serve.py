@@ -14,6 +14,7 @@ import openai
 import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
+from engines import KV_CACHE_BYTES
 
 pytestmark = pytest.mark.engine
 
@@ -47,6 +48,7 @@ def client(llada_path, tmp_path_factory):
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(llada_path)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)

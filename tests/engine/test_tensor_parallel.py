@@ -18,7 +18,8 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     path, ranks = sys.argv[1:]
     llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
-              tensor_parallel_size=int(ranks))
+              tensor_parallel_size=int(ranks),
+              kv_cache_memory_bytes=1 << 26)
     prompts = [{"prompt_token_ids": [i * 3 % 256 for i in range(n)]} for n in (1, 30, 200)]
     tokens = []
     for sampling in ({"temperature": 0}, {"temperature": 0.8, "seed": 3}):

@@ -105,6 +105,6 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, args, message):
 
 
 def test_the_v1_runner_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", False, raising=False)
     with pytest.raises(ValueError, match="V1 model runner"):
         vllm_config(write_llada(tmp_path))

@@ -28,6 +28,7 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
             "Prefix caching and chunked prefill are off: every denoising step computes a request's "
             "whole sequence anew."
         )
+        vllm_config.attention_config.use_non_causal = True  # rules out backends that cannot
         vllm_config.cache_config.enable_prefix_caching = False
         if vllm_config.compilation_config.cudagraph_mode is None:
             # Full graphs are for decodes of a few tokens; no step here is one.

@@ -72,6 +72,10 @@ def test_a_sequence_is_never_split_or_shared(tmp_path, write):
     assert config.use_v2_model_runner
 
 
+def test_backends_that_only_look_back_are_ruled_out(tmp_path):
+    assert vllm_config(write_llada(tmp_path)).attention_config.use_non_causal
+
+
 def test_the_token_budget_holds_the_longest_sequence(tmp_path):
     write_llada(tmp_path, max_length=16384)
     config = vllm_config(tmp_path)

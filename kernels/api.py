@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The attention kernels: Triton on a GPU, its torch twin elsewhere.
+
+reference.py says what each function computes.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, id_dtype, most_kept, num_blocks
+
+__all__ = [
+    "BLOCK_SIZES",
+    "HEAD_DIMS",
+    "QueryBlocks",
+    "Span",
+    "block_scores",
+    "block_sparse_attention",
+    "dense_attention",
+    "id_dtype",
+    "most_kept",
+    "num_blocks",
+    "select_blocks",
+]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+HEAD_DIMS = (32, 64, 96, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    blocks: QueryBlocks,
+    *,
+    scale: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean softmax mass per key block: among all keys, and among the generation's."""
+    _check_batch(blocks, q, k)
+    if lse is not None:
+        assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
+    shape = (q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+    assert out is None or out[0].shape == out[1].shape == shape
+    return _for(q, "block_scores")(q, k, lse, blocks, scale=scale, out=out)
+
+
+def select_blocks(
+    scores: Tensor,
+    gen_scores: Tensor,
+    blocks: QueryBlocks,
+    kept: Tensor,
+    num_kept: Tensor,
+    rows: Tensor,
+) -> None:
+    """Isolated selection, written to the table's `rows` as ascending lists of key blocks."""
+    shape = (scores.shape[0], blocks.num_blocks, blocks.max_key_blocks)
+    assert scores.shape == gen_scores.shape == shape
+    _check_table(blocks, scores.shape[0], kept, num_kept, rows)
+    _for(scores, "select_blocks")(scores, gen_scores, blocks, kept, num_kept, rows)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: QueryBlocks,
+    kept: Tensor,
+    num_kept: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over the listed key blocks; a tensor, or with return_lse a pair."""
+    _check_batch(blocks, q, k, v)
+    _check_table(blocks, q.shape[1], kept, num_kept, rows)
+    table = (kept, num_kept, rows)
+    attend = _for(q, "block_sparse_attention")
+    return attend(q, k, v, blocks, *table, scale=scale, out=out, return_lse=return_lse)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: QueryBlocks,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over all keys of a token's sequence; a tensor, or with return_lse a pair."""
+    _check_batch(blocks, q, k, v)
+    attend = _for(q, "dense_attention")
+    return attend(q, k, v, blocks, scale=scale, out=out, return_lse=return_lse)
+
+
+def _for(tensor: Tensor, name: str) -> Callable[..., Any]:
+    """The implementation of `name` for the tensor's device; Triton is imported at need only."""
+    if not tensor.is_cuda:
+        return getattr(reference, name)
+    return getattr(import_module(f"sparsed_vllm.kernels.{name}"), name)
+
+
+def _check_batch(blocks: QueryBlocks, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    assert blocks.block_size in BLOCK_SIZES, f"no kernel for blocks of {blocks.block_size} tokens"
+    assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
+    assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
+    assert q.shape[1] % k.shape[1] == 0, "each key head serves the same number of query heads"
+    for keys in (k, k if v is None else v):
+        assert keys.shape == (q.shape[0], k.shape[1], q.shape[2]) and keys.dtype == q.dtype
+        assert keys.stride(2) == q.stride(2) == 1, "a head's numbers lie side by side"
+
+
+def _check_table(
+    blocks: QueryBlocks, num_heads: int, kept: Tensor, num_kept: Tensor, rows: Tensor
+) -> None:
+    """`kept` may be wider than the batch needs, and its rows far apart."""
+    assert kept.shape[:2] == num_kept.shape and kept.shape[1] == num_heads
+    assert kept.stride(2) == 1 and num_kept.dtype == torch.int32
+    assert blocks.max_key_blocks <= torch.iinfo(kept.dtype).max, f"ids outgrow {kept.dtype}"
+    assert rows.shape == (blocks.num_blocks,) and rows.dtype == torch.int64

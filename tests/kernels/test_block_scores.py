@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Mean softmax mass per key block: the kernel and its twin against float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    LONGER,
+    RAGGED,
+    assert_within_rounding,
+    exact_attention,
+    logits_of,
+    make_batch,
+)
+from torch.nn.functional import pad
+
+from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels.block_scores import block_scores
+
+IMPLEMENTATIONS = {"kernel": (block_scores, DEVICE), "twin": (reference.block_scores, "cpu")}
+
+
+def run(batch, lse=None, score=block_scores, device=DEVICE):
+    """Into memory full of NaN."""
+    batch = batch.to(device)
+    shape = (2, batch.q.shape[1], batch.blocks.num_blocks, batch.blocks.max_key_blocks)
+    out = tuple(torch.full(shape, float("nan"), device=device))
+    lse = None if lse is None else lse.to(device)
+    return score(batch.q, batch.k, lse, batch.blocks, scale=batch.scale, out=out)
+
+
+def exact_scores(batch):
+    """From L x L softmaxes, zero padded to whole blocks."""
+    blocks, size = batch.blocks, batch.blocks.block_size
+    shape = (2, batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+    scores = torch.full(shape, float("-inf"), dtype=torch.float64)
+    for span, places in blocks.by_span():
+        first = int(blocks.first_gens[places.start])
+        for kind, begin in enumerate((0, first)):
+            mass = logits_of(batch, span)[:, :, begin * size :].softmax(-1)
+            mass = pad(mass, (0, -mass.shape[2] % size, 0, -mass.shape[1] % size))
+            means = mass.unflatten(2, (-1, size)).unflatten(1, (-1, size)).mean((2, 4))
+            scores[kind, :, places, begin : begin + means.shape[2]] = means
+    return scores
+
+
+def check(batch, with_lse=False):
+    lse = exact_attention(batch)[1].float() if with_lse else None
+    for actual, exact, twin in zip(
+        run(batch, lse),
+        exact_scores(batch),
+        run(batch, lse, reference.block_scores, "cpu"),
+        strict=True,
+    ):
+        assert_within_rounding(actual, exact, twin)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_a_ragged_batch_equals_float64_within_rounding(block_size, dtype, with_lse):
+    check(make_batch(RAGGED, block_size, dtype=dtype), with_lse)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_every_head_size_equals_float64_within_rounding(head_dim):
+    check(make_batch([(70, 40), (1, 0)], 32, head_dim=head_dim, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_blocks_of_128_equal_float64_within_rounding(with_lse):
+    check(
+        make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=torch.bfloat16),
+        with_lse,
+    )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1)])
+def test_query_heads_read_the_key_head_of_their_group(heads):
+    check(make_batch([(40, 20)], 16, heads=heads))
+
+
+def test_any_scale_can_be_asked_for():
+    """The published LLaDA code scores with 1 / sqrt(num_heads)."""
+    check(replace(make_batch([(100, 60)], 16), scale=4**-0.5))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 4.0])
+def test_equal_and_large_logits_give_no_nan(spread, with_lse):
+    check(make_batch([(70, 40)], 16, spread=spread), with_lse)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_huge_logits_are_decided_as_one_or_zero(name):
+    batch = make_batch([(64, 32)], 16, heads=(1, 1), spread=1e6)
+    scores, _ = run(batch, None, *IMPLEMENTATIONS[name])
+    assert (scores.cpu().sum(-1) * 16 - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_batch_mates_do_not_change_a_sequence(name):
+    batch, alone = make_batch([(33, 10), (70, 40)], 16), make_batch([(33, 10)], 16)
+    alone.q.copy_(batch.q[:33])
+    alone.k.copy_(batch.k[:33])
+    together = run(batch, None, *IMPLEMENTATIONS[name])
+    apart = run(alone, None, *IMPLEMENTATIONS[name])
+    for mine, theirs in zip(apart, together, strict=True):
+        assert torch.equal(mine, theirs[:, :3, :3])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_empty_batch_is_no_work(name):
+    scores, _ = run(make_batch([], 32), None, *IMPLEMENTATIONS[name])
+    assert scores.shape == (2, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
+    batch = make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype)
+    check(batch)
+    check(batch, with_lse=True)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Attention over lists of key blocks: the kernel and its twin against float64."""
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    LONGER,
+    RAGGED,
+    Table,
+    assert_within_rounding,
+    exact_attention,
+    make_batch,
+    visible_places,
+)
+
+from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels.block_sparse_attention import block_sparse_attention
+from sparsed_vllm.kernels.layout import QueryBlocks, Span
+
+IMPLEMENTATIONS = {
+    "kernel": (block_sparse_attention, DEVICE),
+    "twin": (reference.block_sparse_attention, "cpu"),
+}
+
+
+def run(batch, table, attend=block_sparse_attention, device=DEVICE):
+    """Into memory full of NaN."""
+    batch = batch.to(device)
+    out = torch.full_like(batch.q, float("nan"))
+    table = table.to(device)
+    options = {"scale": batch.scale, "out": out, "return_lse": True}
+    result, lse = attend(batch.q, batch.k, batch.v, batch.blocks, *table, **options)
+    assert result is out
+    return result, lse
+
+
+def random_mask(batch, share):
+    """bool [num_heads, num_blocks, max_key_blocks], each block of a sequence with odds `share`."""
+    blocks = batch.blocks
+    mask = torch.rand(batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks) < share
+    num_key_blocks = -(-blocks.lengths // blocks.block_size)
+    return mask & (torch.arange(blocks.max_key_blocks) < num_key_blocks[:, None])
+
+
+def table_of(batch, mask, **options):
+    """The rest of each row names blocks that do not exist: it must not be read."""
+    table = Table.scattered(batch, int(mask.sum(-1).max()) + 2, **options)
+    table.write(mask)
+    return table
+
+
+def check(batch, share=0.5, **options):
+    mask = random_mask(batch, share)
+    table = table_of(batch, mask, **options)
+    for actual, exact, twin in zip(
+        run(batch, table),
+        exact_attention(batch, visible_places(batch, mask)),
+        run(batch, table, *IMPLEMENTATIONS["twin"]),
+        strict=True,
+    ):
+        assert_within_rounding(actual, exact, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_a_ragged_batch_equals_float64_within_rounding(block_size, dtype):
+    check(make_batch(RAGGED, block_size, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_every_head_size_equals_float64_within_rounding(head_dim):
+    check(make_batch([(70, 40), (1, 0)], 16, head_dim=head_dim, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_128_equal_float64_within_rounding(dtype):
+    check(make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1)])
+def test_query_heads_have_their_own_lists_and_their_groups_keys(heads):
+    check(make_batch([(100, 20)], 16, heads=heads))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_lists_of_any_length_equal_float64_within_rounding(share):
+    check(make_batch([(150, 20)], 16), share)
+
+
+def test_ids_may_be_int32():
+    check(make_batch([(100, 20)], 16), dtype=torch.int32, poison=2**31 - 1)
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0, 1e4])
+def test_equal_and_huge_logits_give_no_nan(spread):
+    check(make_batch([(70, 40)], 16, spread=spread))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_empty_list_gives_zeros_and_no_mass(name):
+    batch = make_batch([(40, 8), (1, 0)], 16)
+    mask = random_mask(batch, 1.0)
+    mask[1] = False
+    out, lse = run(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
+    assert (out[:, 1] == 0).all() and (lse[1] == float("-inf")).all()
+    assert out[:, 0].isfinite().all() and lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_nothing_but_empty_lists_is_no_error(name):
+    batch = make_batch([(40, 8)], 32)
+    out, _ = run(batch, table_of(batch, random_mask(batch, 0.0)), *IMPLEMENTATIONS[name])
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_lists_of_all_blocks_give_dense_attention(block_size):
+    batch = make_batch([(150, 100), (33, 0)], block_size, heads=(2, 2))
+    table = table_of(batch, random_mask(batch, 1.0))
+    options = {"scale": batch.scale, "return_lse": True}
+    dense = reference.dense_attention(batch.q, batch.k, batch.v, batch.blocks, **options)
+    for actual, exact, twin in zip(run(batch, table), exact_attention(batch), dense, strict=True):
+        assert_within_rounding(actual, exact, twin)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_batch_mates_do_not_change_a_sequence(name):
+    batch, alone = make_batch([(33, 10), (70, 40)], 16), make_batch([(33, 10)], 16)
+    for mine, theirs in zip((alone.q, alone.k, alone.v), (batch.q, batch.k, batch.v), strict=True):
+        mine.copy_(theirs[:33])
+    mask = random_mask(batch, 0.5)
+    together, _ = run(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
+    apart, _ = run(alone, table_of(alone, mask[:, :3]), *IMPLEMENTATIONS[name])
+    assert torch.equal(together[:33], apart)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
+    check(make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.gpu
+def test_offsets_past_int32_are_reached():
+    """128k tokens x 32 heads of 128 as slices of a fused projection: 1.6e9 elements."""
+    length, size, heads = 131072 + 5, 128, 32
+    fused = torch.randn(length, 3 * heads, 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused.split(heads, dim=1)
+    blocks = QueryBlocks.of([Span(0, length, 100)], size, "cuda")
+    last = blocks.num_blocks - 1
+    kept = torch.tensor([0, last], dtype=torch.int16, device="cuda").expand(last + 1, heads, 2)
+    count = torch.full((last + 1, heads), 2, dtype=torch.int32, device="cuda")
+    rows = torch.arange(last + 1, device="cuda")
+    out = block_sparse_attention(q, k, v, blocks, kept, count, rows, scale=128**-0.5)
+    seen = torch.cat([torch.arange(size), torch.arange(last * size, length)]).cuda()
+    logits = torch.einsum("qhd,khd->hqk", q[-5:].double(), k[seen].double()) * 128**-0.5
+    exact = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[seen].double())
+    assert (out[-5:].double() - exact).abs().max() < 0.01

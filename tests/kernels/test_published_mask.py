@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Which blocks are kept, against SparseD's description (arXiv 2509.24014) in L x L float64."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import Table, logits_of, make_batch
+
+from sparsed_vllm.kernels import reference
+
+
+def published_mask(batch, share):
+    """bool [num_heads, query blocks, key blocks] of a batch of one sequence."""
+    (span,) = batch.blocks.spans
+    size = batch.blocks.block_size
+    count = math.ceil(span.length / size)
+    begins = [size * block for block in range(count)]
+    generated = [block for block in range(count) if begins[block] >= span.prompt_length]
+    first = generated[0] if generated else count - 1
+    logits = logits_of(batch, span)
+    everywhere = logits.softmax(-1)
+    within = logits[:, :, begins[first] :].softmax(-1)
+    mask = torch.zeros(logits.shape[0], count, count, dtype=torch.bool)
+    for head in range(logits.shape[0]):
+        for row, begin in enumerate(begins):
+            mass = everywhere[head, begin : begin + size]
+            mask[head, row, best_blocks(mass, size, share)] = True
+            mask[head, row, first:] = False
+            mass = within[head, begin : begin + size]
+            mask[head, row, [first + block for block in best_blocks(mass, size, share)]] = True
+    return mask
+
+
+def best_blocks(mass, size, share):
+    """mass [rows, keys]: the key blocks of the highest mean; a partial one divides by as much."""
+    means = [float(part.sum()) / size**2 for part in mass.split(size, dim=1)]
+    most = min(int(len(means) * share) + 1, len(means))
+    return sorted(range(len(means)), key=lambda block: -means[block])[:most]
+
+
+def kept_mask(batch):
+    table = Table.scattered(batch, batch.blocks.most_kept)
+    scores = reference.block_scores(batch.q, batch.k, None, batch.blocks, scale=batch.scale)
+    reference.select_blocks(*scores, batch.blocks, table.kept, table.num_kept, table.rows)
+    return table.mask(batch.blocks.max_key_blocks)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_the_kept_blocks_are_the_published_ones(block_size, share):
+    for _ in range(100 // block_size + 2):
+        length = int(torch.randint(1, 10 * block_size, ()))
+        prompt_length = int(torch.randint(0, length, ()))
+        batch = make_batch([(length, prompt_length)], block_size, select=share, spread=1.5)
+        assert torch.equal(kept_mask(batch), published_mask(batch, share)), (length, prompt_length)

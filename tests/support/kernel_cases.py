@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Packed batches for the kernel tests, what float64 makes of them, and how far off is too far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsed_vllm.kernels.layout import QueryBlocks, Span
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the Triton kernels run: compiled on a GPU, else in the interpreter."""
+
+RAGGED = [(1, 0), (15, 3), (16, 16), (17, 16), (63, 20), (65, 64)]
+"""(length, prompt length) of sequences around the block boundaries."""
+
+LONGER = [(127, 100), (1, 1), (129, 100), (128, 0), (300, 250)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: QueryBlocks
+    scale: float
+
+    def to(self, device: str) -> "Batch":
+        blocks = QueryBlocks.of(self.blocks.spans, self.blocks.block_size, device)
+        q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, blocks=blocks)
+
+
+def make_batch(
+    sizes: Sequence[tuple[int, int]],
+    block_size: int,
+    *,
+    heads: tuple[int, int] = (2, 1),
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    select: float = 0.3,
+    spread: float = 1.0,
+) -> Batch:
+    """Normal q, k, v on the CPU, q times `spread`, as slices of one tensor.
+
+    sizes: (length, prompt length) of each sequence; heads: of queries and of keys
+    """
+    spans, first = [], 0
+    for length, prompt_length in sizes:
+        spans.append(Span(first, length, prompt_length, select))
+        first += length
+    fused = torch.randn(first, heads[0] + 2 * heads[1], head_dim)
+    fused[:, : heads[0]] *= spread
+    q, k, v = fused.to(dtype).split([heads[0], heads[1], heads[1]], dim=1)
+    return Batch(q, k, v, QueryBlocks.of(spans, block_size, "cpu"), head_dim**-0.5)
+
+
+def logits_of(batch: Batch, span: Span) -> Tensor:
+    """Float64 [num_heads, length, length]"""
+    q, k = (x[span.first : span.first + span.length].double() for x in (batch.q, batch.k))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return batch.scale * torch.einsum("qhd,khd->hqk", q, k)
+
+
+def exact_attention(
+    batch: Batch, visible: dict[Span, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp in float64, at all places of a sequence or the visible ones.
+
+    visible: bool [num_heads, length, length] of each sequence
+    """
+    out = torch.zeros(batch.q.shape, dtype=torch.float64)
+    lse = torch.zeros(batch.q.shape[1::-1], dtype=torch.float64)
+    for span in batch.blocks.spans:
+        tokens = slice(span.first, span.first + span.length)
+        logits = logits_of(batch, span)
+        if visible is not None:
+            logits = logits.masked_fill(~visible[span], float("-inf"))
+        v = batch.v[tokens].double().repeat_interleave(len(logits) // batch.v.shape[1], dim=1)
+        weights = logits.softmax(-1).nan_to_num(nan=0.0)  # rows that see nothing
+        out[tokens] = torch.einsum("hqk,khd->qhd", weights, v)
+        lse[:, tokens] = logits.logsumexp(-1)
+    return out, lse
+
+
+def assert_within_rounding(actual: Tensor, exact: Tensor, twin: Tensor) -> None:
+    """A kernel may err twice what its torch twin errs against float64; infinities are equal."""
+    actual, twin = actual.cpu(), twin.cpu()
+    finite = exact.isfinite()
+    assert torch.equal(actual[~finite].double(), exact[~finite])
+    error = (actual[finite].double() - exact[finite]).abs()
+    allowed = 2 * (twin[finite].double() - exact[finite]).abs().max() + _ulp(actual, exact[finite])
+    assert error.max() <= allowed, f"off by {error.max():.2e}, allowed {allowed:.2e}"
+
+
+def _ulp(actual: Tensor, exact: Tensor) -> Tensor:
+    """The rounding step of the type at the largest result."""
+    return torch.finfo(actual.dtype).eps * exact.abs().max()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lists of key blocks as vLLM's pages hold them: rows far apart, with others' data between."""
+
+    kept: Tensor  # [num_rows, num_heads, width]
+    num_kept: Tensor  # int32 [num_rows, num_heads]
+    rows: Tensor  # int64 [num_blocks]
+
+    @classmethod
+    def scattered(
+        cls, batch: Batch, width: int, dtype: torch.dtype = torch.int16, poison: int = 32767
+    ) -> "Table":
+        """A table that holds `poison` everywhere, for query blocks in random rows."""
+        num_heads, num_blocks = batch.q.shape[1], batch.blocks.num_blocks
+        kept = torch.full((2 * num_blocks + 3, num_heads, width), poison, dtype=dtype)
+        num_kept = torch.full(kept.shape[:2], poison, dtype=torch.int32)
+        return cls(kept, num_kept, torch.randperm(kept.shape[0])[:num_blocks])
+
+    def to(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernels take; copies, so that each writes its own."""
+        kept, num_kept, rows = (x.to(device, copy=True) for x in vars(self).values())
+        return kept, num_kept, rows
+
+    def mask(self, max_key_blocks: int) -> Tensor:
+        """bool [num_heads, num_blocks, max_key_blocks] which blocks the lists name."""
+        kept, counts = self.kept[self.rows].long(), self.num_kept[self.rows, :, None]
+        listed = torch.arange(kept.shape[2]) < counts
+        mask = torch.zeros(*kept.shape[:2], max_key_blocks + 1, dtype=torch.bool)
+        mask.scatter_(2, kept.where(listed, max_key_blocks), True)
+        return mask[:, :, :max_key_blocks].transpose(0, 1)
+
+    def write(self, masks: Tensor) -> None:
+        """Lists what bool [num_heads, num_blocks, key blocks] names."""
+        for head, block in [(h, b) for h in range(masks.shape[0]) for b in range(masks.shape[1])]:
+            ids, row = masks[head, block].nonzero().flatten(), self.rows[block]
+            self.kept[row, head, : len(ids)] = ids.to(self.kept.dtype)
+            self.num_kept[row, head] = len(ids)
+
+
+def visible_places(batch: Batch, mask: Tensor) -> dict[Span, Tensor]:
+    """mask [num_heads, num_blocks, key blocks] -> bool [num_heads, length, length] of each."""
+    size, visible = batch.blocks.block_size, {}
+    for span, places in batch.blocks.by_span():
+        blocks = mask[:, places].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        visible[span] = blocks[:, : span.length, : span.length]
+    return visible

@@ -19,7 +19,7 @@ def _checked(process_inputs: Callable[..., EngineCoreRequest]) -> Callable[..., 
         if self.model_config.architecture in FAMILIES:
             from sparsed_vllm.admission import check_request
 
-            check_request(self.model_config, request)
+            check_request(self.vllm_config, request)
         return request
 
     return process_and_check

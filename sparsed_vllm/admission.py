@@ -5,13 +5,18 @@
 from collections.abc import Sequence
 
 import msgspec
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from sparsed_vllm.families import FAMILIES, Family
+from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_sparsity
+from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.kernels.layout import most_kept, num_blocks
 from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params
+
+BACKEND_NAME = "SPARSED"
+"""Our attention backend, as vLLM's registry and `--attention-backend` know it."""
 
 SERVED_FIELDS = frozenset(
     {
@@ -51,23 +56,57 @@ _REMEDIES = {
 }
 
 
-def family_of(model_config: ModelConfig) -> Family:
-    """The family of a model that this plugin serves. Raises KeyError for another model."""
-    return FAMILIES[model_config.architecture]
+class RequestReader:
+    """Reads what a request asks of one engine; the same in its front end, scheduler and workers."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.model_config = vllm_config.model_config
+        self.family = FAMILIES[self.model_config.architecture]
+        self.sparse_config = sparse_config_of(vllm_config)
+
+    def read(
+        self, params: SamplingParams, num_prompt_tokens: int
+    ) -> tuple[DenoisingParams, Sparsity | None]:
+        """How to denoise, and how sparse (None: dense). Raises BadRequest."""
+        assert params.max_tokens is not None, "vLLM fills it in at admission"
+        extra_args = params.extra_args or {}
+        denoising = parse_params(
+            self.family,
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            ignore_eos=params.ignore_eos,
+            extra_args=extra_args,
+            also_known=REQUEST_FIELDS,
+        )
+        length = num_prompt_tokens + params.max_tokens
+        sparsity = choose_sparsity(self.sparse_config, extra_args, length)
+        if sparsity is not None:
+            self._check_table(sparsity, length)
+        return denoising, sparsity
+
+    def _check_table(self, sparsity: Sparsity, length: int) -> None:
+        """A request's table must fit the memory that was set aside for its tokens."""
+        assert self.sparse_config is not None
+        ids = most_kept(num_blocks(length, sparsity.block_size), sparsity.select)
+        limit = self.sparse_config.table_ids
+        if ids > limit * sparsity.block_size:
+            raise BadRequest(
+                "sparsed_block_size",
+                sparsity.block_size,
+                f"large enough to keep at most {limit} key blocks a token: with select "
+                f"{sparsity.select} and {length} tokens it keeps {ids} a block",
+                "Use larger blocks or a smaller sparsed_select, or raise sparsed.table_ids.",
+            )
 
 
-def denoising_params(family: Family, params: SamplingParams) -> DenoisingParams:
-    """What `params` asks of the denoising. Raises BadRequest."""
-    assert params.max_tokens is not None, "vLLM fills it in at admission"
-    return parse_params(
-        family,
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        ignore_eos=params.ignore_eos,
-        extra_args=params.extra_args or {},
-    )
+def sparse_config_of(vllm_config: VllmConfig) -> SparseConfig | None:
+    """The engine's settings for sparse attention; None if the user named another backend."""
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name != BACKEND_NAME:
+        return None
+    return SparseConfig.of(vllm_config.additional_config)
 
 
 class RequestRefused(VLLMValidationError, ValueError):
@@ -77,7 +116,7 @@ class RequestRefused(VLLMValidationError, ValueError):
         VLLMValidationError.__init__(self, str(error), parameter=error.field, value=error.value)
 
 
-def check_request(model_config: ModelConfig, request: EngineCoreRequest) -> None:
+def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     """Refuse a request that cannot be served as it asks.
 
     Raises RequestRefused, which names field, value, range and remedy.
@@ -86,8 +125,9 @@ def check_request(model_config: ModelConfig, request: EngineCoreRequest) -> None
         _check_kind(request)
         assert request.sampling_params is not None
         _check_served(request.sampling_params)
-        denoising_params(family_of(model_config), request.sampling_params)
-        _check_prompt(model_config, request.prompt_token_ids or [], request.sampling_params)
+        prompt = request.prompt_token_ids or []
+        RequestReader(vllm_config).read(request.sampling_params, len(prompt))
+        _check_prompt(vllm_config.model_config, prompt, request.sampling_params)
     except BadRequest as error:
         raise RequestRefused(error) from error
 

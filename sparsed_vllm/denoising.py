@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.canvas import Canvas
+from sparsed_vllm.config import Sparsity
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.phases import Schedule
+from sparsed_vllm.phases import Phase, Schedule, phase_of, resume_step
 from sparsed_vllm.unmasking import (
     choose_places,
     choose_tokens,
@@ -30,6 +31,7 @@ class Denoising:
     device: what the host must know beforehand (how many places are open) follows from the
     schedule, exactly or, with a threshold or `origin`, as a bound.
 
+    sparsity: how the request runs sparse; None: dense throughout
     tokens: the canvas as it stands, the mask token from `num_final` on
     num_final: places that are already final and handed out (a block boundary); 0 for a new
         request, more for one that resumes after preemption
@@ -39,6 +41,7 @@ class Denoising:
     def __init__(
         self,
         params: DenoisingParams,
+        sparsity: Sparsity | None,
         tokens: Sequence[int],
         *,
         num_final: int,
@@ -47,12 +50,15 @@ class Denoising:
         generator: torch.Generator,
     ) -> None:
         self.params = params
+        self.sparsity = sparsity
         self.mask_token_id = mask_token_id
         self.schedule = Schedule.of(params)
-        self.step = self.schedule.first_step_after(num_final)
+        self.step = resume_step(self.schedule, num_final, sparsity is not None)
+        num_filled = num_final if self.step else 0
+        tokens = [*tokens[:num_filled], *[mask_token_id] * (len(tokens) - num_filled)]
         self.canvas = Canvas(
             torch.tensor(tokens, device=generator.device),
-            torch.arange(len(tokens), device=generator.device) >= num_final,
+            torch.arange(len(tokens), device=generator.device) >= num_filled,
             params.block_length,
         )
         self.num_taken = torch.tensor(num_final, device=generator.device)
@@ -65,6 +71,13 @@ class Denoising:
         """[num_steps] places that each step fills."""
         blocks = self.schedule.blocks
         return [n for block in blocks for n in places_per_step(block, self.params)]
+
+    @property
+    def phase(self) -> Phase:
+        """How the coming step attends."""
+        if self.sparsity is None:
+            return Phase.DENSE
+        return phase_of(self.step, self.params.steps, self.sparsity.skip)
 
     @property
     def is_over(self) -> bool:
@@ -128,6 +141,8 @@ class Denoising:
             num_final = torch.full_like(num_final, self.canvas.num_tokens)
         elif whole:
             num_final = torch.where(num_final == self.canvas.num_tokens, num_final, self.num_taken)
+        # A request that starts over does not hand out twice what it handed out before.
+        num_final = torch.maximum(num_final, self.num_taken)
         places = self.num_taken + torch.arange(width, device=num_final.device)
         taken = self.canvas.tokens[places.clamp(max=self.canvas.num_tokens - 1)]
         count = num_final - self.num_taken

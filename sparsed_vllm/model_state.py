@@ -14,12 +14,16 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
-from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata, ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from sparsed_vllm.admission import denoising_params, family_of
+from sparsed_vllm.admission import RequestReader
+from sparsed_vllm.attention import SparsedMetadataBuilder
+from sparsed_vllm.config import Sparsity
 from sparsed_vllm.denoising import Denoising
+from sparsed_vllm.pattern import Pattern
+from sparsed_vllm.phases import Phase
 from sparsed_vllm.sampler import DenoisingSampler
 
 
@@ -29,12 +33,29 @@ class Turn:
 
     places int64 [n]: the places of its canvas whose logits are read, -1 for padding
     query_start: where its sequence begins in the batch;  prompt_len: tokens before the canvas
+    pattern: the table that the step writes or follows; None: it does neither
     """
 
     denoising: Denoising
     places: Tensor
     query_start: int
     prompt_len: int
+    pattern: Pattern | None
+
+
+class StepPatterns(ModelSpecificAttnMetadata):
+    """Hands the phases and tables of a step to our metadata builder; no other asks for them."""
+
+    def __init__(self, turns: list[Turn | None]) -> None:
+        # The phase is read before the sampler advances the request.
+        self.patterns = [
+            (turn.denoising.phase, turn.pattern) if turn else (Phase.DENSE, None) for turn in turns
+        ]
+
+    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
+        if not isinstance(attn_metadata_builder, SparsedMetadataBuilder):
+            return {}
+        return {"patterns": self.patterns}
 
 
 @dataclass(frozen=True)
@@ -60,11 +81,16 @@ class DenoisingModelState(ModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.family = family_of(self.model_config)
+        self.reader = RequestReader(vllm_config)
+        self.family = self.reader.family
         self.mask_token_id = self.model_config.hf_config.mask_token_id
         self.requests: dict[str, Denoising] = {}
+        self.patterns: dict[str, Pattern] = {}
         self.generator = torch.Generator(device)
         self.plan: StepPlan | None = None
+        parallel_config = vllm_config.parallel_config
+        self._num_layers = self.model_config.get_num_layers(parallel_config)
+        self._num_heads = self.model_config.get_num_attention_heads(parallel_config)  # this rank's
         self.req_states: RequestState | None = None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -75,7 +101,7 @@ class DenoisingModelState(ModelState):
             return  # vLLM's warm-up sends prompts without a canvas.
         assert params.seed is not None, "the scheduler seeds every request"
         self.requests[new_req_data.req_id] = Denoising(
-            denoising_params(self.family, params),
+            *self.reader.read(params, new_req_data.prompt_len),
             canvas,
             num_final=sum(token != self.mask_token_id for token in canvas),
             mask_token_id=self.mask_token_id,
@@ -85,6 +111,7 @@ class DenoisingModelState(ModelState):
 
     def remove_request(self, req_id: str) -> None:
         self.requests.pop(req_id, None)
+        self.patterns.pop(req_id, None)
 
     def preprocess_state(
         self,
@@ -111,7 +138,31 @@ class DenoisingModelState(ModelState):
         if denoising is None:
             return None
         prompt_len = end - start - denoising.params.num_tokens
-        return Turn(denoising, denoising.open_places(), start, prompt_len)
+        if denoising.phase is Phase.RECORDING:
+            self.patterns[req_id] = self._new_pattern(denoising.sparsity, prompt_len, end - start)
+        pattern = self.patterns.get(req_id)
+        return Turn(denoising, denoising.open_places(), start, prompt_len, pattern)
+
+    def _new_pattern(self, sparsity: Sparsity | None, prompt_len: int, length: int) -> Pattern:
+        assert sparsity is not None
+        return Pattern(
+            sparsity,
+            num_prompt_tokens=prompt_len,
+            num_tokens=length,
+            num_layers=self._num_layers,
+            num_heads=self._num_heads,
+            device=self.device,
+        )
+
+    def largest_tables(self) -> Tensor:
+        """As much memory as the tables of all running requests can take together.
+
+        Their tokens fit the token budget, since every step runs all of them.
+        """
+        config = self.reader.sparse_config
+        ids = config.table_ids * self.max_num_tokens if config else 0
+        shape = (self._num_layers, self._num_heads, ids)
+        return torch.empty(shape, dtype=torch.int16, device=self.device)
 
     def _rows(self, turn: Turn) -> Tensor:
         """Rows of the hidden states that predict `turn.places`; padding reads the first."""
@@ -180,6 +231,7 @@ class DenoisingModelState(ModelState):
             for_cudagraph_capture=for_capture,
             causal=False,
             ubatch_idx=ubatch_idx,
+            model_specific_attn_metadata=StepPatterns(self.turns_of(input_batch)),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[DenoisingSampler, None]:

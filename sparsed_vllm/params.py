@@ -3,7 +3,7 @@
 """What one request asks of the denoising: parsed and checked once, then frozen."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,13 @@ class Field:
         return parsed
 
 
-def _integer(value: Any) -> int:
+def integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError
     return value
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError
     try:
@@ -94,13 +94,13 @@ def _number(value: Any) -> float:
     return number
 
 
-def _flag(value: Any) -> bool:
+def flag(value: Any) -> bool:
     if value not in (0, 1) or isinstance(value, float):
         raise ValueError
     return bool(value)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
     return value
@@ -111,49 +111,49 @@ def request_fields(family: Family, num_tokens: int) -> dict[str, Field]:
     most_steps = MAX_STEPS_PER_TOKEN * num_tokens
     fields = {
         "steps": Field(
-            _integer,
+            integer,
             lambda n: 1 <= n <= most_steps,
             f"an integer in [1, {most_steps}] ({MAX_STEPS_PER_TOKEN} * max_tokens)",
             "Leave it out for one step a token.",
         ),
         "block_length": Field(
-            _integer,
+            integer,
             lambda n: 1 <= n <= num_tokens,
             f"an integer in [1, {num_tokens}] (max_tokens)",
             "Leave it out to denoise all places together.",
         ),
         family.policy_field: Field(
-            _word,
+            word,
             lambda name: name in family.policies,
             f"one of {', '.join(family.policies)}",
             f"Leave it out for {family.policies[0]}.",
         ),
         "threshold": Field(
-            _number,
+            number,
             lambda p: 0 < p <= 1,
             "a number in (0, 1]",
             "Leave it out to let steps set the pace.",
         ),
         "early_stop": Field(
-            _flag,
+            flag,
             lambda _: True,
             "0 or 1",
             "Use 0 to run every step and answer once, at the end.",
         ),
         "cfg_scale": Field(
-            _number,
+            number,
             lambda scale: scale == 0,
             "0 (classifier-free guidance is not supported)",
             "Leave it out.",
         ),
         "alg_temp": Field(
-            _number,
+            number,
             lambda t: 0 <= t <= 100,
             "a number in [0, 100]",
             "Leave it out to fill the surest places.",
         ),
         "eps": Field(
-            _number,
+            number,
             lambda eps: 0 < eps < 1,
             "a number in (0, 1)",
             "Leave it out for the authors' 0.001.",
@@ -172,14 +172,16 @@ def parse_params(
     top_k: int,
     ignore_eos: bool,
     extra_args: Mapping[str, Any],
+    also_known: Collection[str] = (),
 ) -> DenoisingParams:
     """The denoising that a request asks for.
 
     temperature, top_p, top_k, ignore_eos: vLLM's sampling parameters
     extra_args: the parameters of `request_fields`, as the client sent them
+    also_known: parameters in `extra_args` that are not for us
     Raises BadRequest naming the first field that cannot be served.
     """
-    given = _parse_fields(family, max_tokens, extra_args)
+    given = _parse_fields(family, max_tokens, extra_args, also_known)
     _check_sampling(family, temperature, top_p, top_k)
     block_length = given.get("block_length", max_tokens)
     steps = given.get("steps", max_tokens)
@@ -210,13 +212,18 @@ def parse_params(
     )
 
 
-def _parse_fields(family: Family, max_tokens: int, extra_args: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_fields(
+    family: Family, max_tokens: int, extra_args: Mapping[str, Any], also_known: Collection[str]
+) -> dict[str, Any]:
     fields = request_fields(family, max_tokens)
-    for name, value in extra_args.items():
-        if name not in fields:
-            known = f"absent for a {family.name} model, which knows {', '.join(sorted(fields))}"
-            raise BadRequest(str(name), value, known, "Leave it out.")
-    return {name: fields[name].parse(name, value) for name, value in extra_args.items()}
+    for name in extra_args:
+        if name not in fields and name not in also_known:
+            known = ", ".join(sorted({*fields, *also_known}))
+            allowed = f"absent for a {family.name} model, which knows {known}"
+            raise BadRequest(str(name), extra_args[name], allowed, "Leave it out.")
+    return {
+        name: fields[name].parse(name, extra_args[name]) for name in fields if name in extra_args
+    }
 
 
 def _check_sampling(family: Family, temperature: float, top_p: float, top_k: int) -> None:

@@ -6,9 +6,35 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from sparsed_vllm.params import DenoisingParams
+
+
+class Phase(Enum):
+    """How one step attends."""
+
+    DENSE = "dense"  # to everything
+    RECORDING = "recording"  # to everything, and notes which key blocks matter
+    SPARSE = "sparse"  # to the key blocks that were noted
+
+
+def phase_of(step: int, num_steps: int, skip: float) -> Phase:
+    """The phase of `step` of a request that runs sparse.
+
+    num_steps: T of the paper;  skip: share of the steps before the pattern is recorded
+    Source: SparseD, arXiv 2509.24014; int() truncates the float product, as the authors have it.
+    """
+    recording = recording_step(num_steps, skip)
+    if step == recording:
+        return Phase.RECORDING
+    return Phase.DENSE if step < recording else Phase.SPARSE
+
+
+def recording_step(num_steps: int, skip: float) -> int:
+    """The step that records the pattern; at or after `num_steps` there is none."""
+    return int(num_steps * skip) + 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,15 @@ class Schedule:
         """
         done = sum(block.end <= num_final for block in self.blocks)
         return self.first_steps[done]
+
+
+def resume_step(schedule: Schedule, num_final: int, is_sparse: bool) -> int:
+    """The step at which a request starts or, after a preemption, goes on.
+
+    num_final: places that were handed out before. A sparse request starts over: its pattern is
+    lost with its pages, and was that of a step long past.
+    """
+    return 0 if is_sparse else schedule.first_step_after(num_final)
 
 
 def split_steps(steps: int, sizes: list[int]) -> list[int]:

@@ -2,7 +2,9 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Puts our models, configurations and patches where vLLM looks for them."""
 
+import copyreg
 from functools import cache
+from typing import Any
 
 import vllm
 from vllm.logger import init_logger
@@ -30,9 +32,27 @@ def install_once() -> None:
     from sparsed_vllm.patches.inventory import PATCHES
 
     apply_all(PATCHES)
+    _register_backend()
     for config in (LLaDAConfig, DreamConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoTokenizer.register(DreamConfig, fast_tokenizer_class=DreamTokenizer, exist_ok=True)
     for architecture, path in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, path)
         MODELS_CONFIG_MAP[architecture] = DenoisingModelConfig
+
+
+def _register_backend() -> None:
+    """Make `--attention-backend sparsed` known, also to processes that unpickle it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from sparsed_vllm.admission import BACKEND_NAME
+    from sparsed_vllm.attention import load_backend
+
+    load_backend()
+
+    def reduce(member: AttentionBackendEnum) -> tuple[Any, ...]:
+        if member.name == BACKEND_NAME:
+            return load_backend, (member.name,)
+        return type(member), (member.value,)
+
+    copyreg.pickle(AttentionBackendEnum, reduce)

@@ -60,13 +60,16 @@ class DenoisingSampler:
     def _hold_largest_step(self, logits: Tensor) -> None:
         """Take, for a moment, the memory of a step in which every token of the batch is masked.
 
-        vLLM's dummy batches measure what a step needs; theirs has one row of logits a request.
+        vLLM's dummy batches measure what a step needs; theirs has one row of logits a request,
+        and no tables.
         """
         if logits.device.type == "cpu":
             return
+        tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
         some = largest[: rows_at_once(logits.shape[-1])]
         choose_tokens(some, COSTLIEST, self.state.mask_token_id, self.state.generator)
+        del tables
 
     def _advance(self, turn: Turn | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens that became final, int64 [width], and how many of them count, int64 []."""

@@ -11,8 +11,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from sparsed_vllm.admission import denoising_params, family_of
-from sparsed_vllm.phases import Schedule
+from sparsed_vllm.admission import RequestReader
+from sparsed_vllm.phases import Schedule, resume_step
 
 
 class DenoisingScheduler(Scheduler):
@@ -28,7 +28,7 @@ class DenoisingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # No token is appended behind the canvas: its last place may be the model's last position.
         self.num_sampled_tokens_per_step = 0
-        self.family = family_of(self.vllm_config.model_config)
+        self.reader = RequestReader(self.vllm_config)
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         self.steps_left: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
@@ -79,7 +79,9 @@ class DenoisingScheduler(Scheduler):
         request._all_token_ids.extend([self.mask_token_id] * missing)
 
     def _remaining_steps(self, request: Request) -> int:
-        """Steps of the blocks that have not been handed out: all, but after a preemption."""
+        """The steps from where the request starts or, after a preemption, goes on."""
         assert request.sampling_params is not None
-        schedule = Schedule.of(denoising_params(self.family, request.sampling_params))
-        return schedule.num_steps - schedule.first_step_after(request.num_output_tokens)
+        params, sparsity = self.reader.read(request.sampling_params, request.num_prompt_tokens)
+        schedule = Schedule.of(params)
+        done = resume_step(schedule, request.num_output_tokens, sparsity is not None)
+        return schedule.num_steps - done

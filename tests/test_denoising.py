@@ -32,6 +32,7 @@ def open_request(family, *, num_tokens=24, final=(), seed=0, temperature=0.0, **
     )
     return Denoising(
         params,
+        None,
         [*final, *[mask] * (num_tokens - len(final))],
         num_final=len(final),
         mask_token_id=mask,

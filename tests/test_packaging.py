@@ -35,7 +35,8 @@ SOURCES = {
 }
 """Dotted name of each of our modules (a package's ends in __init__) -> its file."""
 
-PURE = {"sparsed_vllm.params", "sparsed_vllm.phases", "sparsed_vllm.families"}
+PURE = {f"sparsed_vllm.{name}" for name in ("params", "phases", "families", "config")}
+FREE_OF_VLLM = {f"sparsed_vllm.{name}" for name in ("unmasking", "canvas", "denoising", "pattern")}
 
 
 def imports_of(module: str) -> set[str]:
@@ -145,8 +146,9 @@ def test_a_pure_module_imports_the_standard_library_and_pure_modules_only(module
     assert not outside(imports_of(module), PURE)
 
 
-def test_unmasking_imports_no_vllm() -> None:
-    assert "vllm" not in {name.split(".")[0] for name in imports_of("sparsed_vllm.unmasking")}
+@pytest.mark.parametrize("module", sorted(FREE_OF_VLLM))
+def test_the_denoising_of_one_request_imports_no_vllm(module: str) -> None:
+    assert "vllm" not in {name.split(".")[0] for name in imports_of(module)}
 
 
 @pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("sparsed_vllm.kernels.")])

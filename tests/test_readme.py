@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsed_vllm.config import REQUEST_FIELDS
 from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.params import request_fields
 from sparsed_vllm.patches.inventory import as_table
@@ -15,7 +16,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_request_parameter_and_policy_is_in_the_readme(family):
-    for name in (*request_fields(family, 32), *family.policies):
+    for name in (*request_fields(family, 32), *REQUEST_FIELDS, *family.policies):
         assert f"`{name}`" in README, name
 
 

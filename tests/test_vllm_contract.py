@@ -4,12 +4,14 @@
 
 import dataclasses
 import inspect
+import pickle
 
 import msgspec
 import pytest
 import vllm
 from vllm import SamplingParams
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import model_runner
@@ -20,6 +22,12 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
 from sparsed_vllm.admission import SERVED_FIELDS
+from sparsed_vllm.attention import (
+    SparsedBackend,
+    SparsedImpl,
+    SparsedMetadataBuilder,
+    load_backend,
+)
 from sparsed_vllm.compat import missing_seams, why_unsupported
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.models import ARCHITECTURES
@@ -95,6 +103,24 @@ def test_a_sampler_may_say_how_many_tokens_count():
 
 def test_attention_metadata_can_be_bidirectional():
     assert inspect.signature(build_attn_metadata).parameters["causal"].default is True
+
+
+def test_the_attention_backend_is_called_as_we_expect():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert names_of(SparsedImpl.forward) == names_of(CPUAttentionBackend.get_impl_cls().forward)
+    theirs = names_of(CPUAttentionBackend.get_builder_cls().build)
+    assert names_of(SparsedMetadataBuilder.build)[: len(theirs)] == theirs
+    builds = inspect.getsource(build_attn_metadata)
+    assert "get_extra_attn_kwargs" in builds
+    assert not inspect.isabstract(SparsedImpl)
+
+
+def test_our_backend_survives_pickling():
+    member = load_backend()
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert pickle.loads(pickle.dumps(AttentionBackendEnum.FLASH_ATTN)).name == "FLASH_ATTN"
+    assert member.get_class() is SparsedBackend
 
 
 def test_requests_have_the_fields_that_the_scheduler_sets():

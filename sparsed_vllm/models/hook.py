@@ -7,6 +7,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from sparsed_vllm.admission import sparse_config_of
 from sparsed_vllm.compat import missing_seams
 
 logger = init_logger("vllm.sparsed.config")
@@ -35,6 +36,8 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
         _default_to_temperature_zero(vllm_config.model_config)
+        if sparse_config_of(vllm_config) is None:
+            logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -3,6 +3,7 @@
 """The transformer that LLaDA and Dream share, of vLLM's layers: pre-norm, SwiGLU, rotary."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,22 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
+from sparsed_vllm.admission import sparse_config_of
+from sparsed_vllm.attention import SparsedBackend
 from sparsed_vllm.model_state import DenoisingModelState
+
+
+def _our_backend(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Arguments that give a layer our backend, which not every platform would pick by name.
+
+    Nothing if the user named another one: the models run on it, dense.
+    """
+    sparse_config = sparse_config_of(vllm_config)
+    if sparse_config is None:
+        return {}
+    num_heads = vllm_config.model_config.hf_config.num_attention_heads
+    scoring_scale = num_heads**-0.5 if sparse_config.published_scale else None
+    return {"attn_backend": SparsedBackend, "scoring_scale": scoring_scale}
 
 
 class SelfAttention(nn.Module):
@@ -67,6 +83,7 @@ class SelfAttention(nn.Module):
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            **_our_backend(vllm_config),
         )
         self.widths = [
             size * head_dim

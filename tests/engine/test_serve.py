@@ -15,6 +15,7 @@ import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
 from engines import KV_CACHE_BYTES
+from sparse_oracle import Sparsity, sparse_llada_generate
 
 pytestmark = pytest.mark.engine
 
@@ -48,7 +49,7 @@ def client(llada_path, tmp_path_factory):
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(llada_path)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--attention-backend", "sparsed"]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
@@ -82,6 +83,22 @@ def test_completions_give_the_oracle_s_tokens_whoever_else_is_served(client, lla
         if not expected.met_a_tie():
             assert answer.choices[0].token_ids == expected.ids
         assert answer.usage.completion_tokens == 16
+
+
+def test_requests_may_ask_for_sparse_attention(client, llada_path):
+    network = oracle.load_llada(llada_path)
+    prompt = [5 * i % 256 for i in range(150)]
+    answer = complete(client, prompt, steps=8, use_sparsed=1, sparsed_block_size=16)
+    expected = sparse_llada_generate(
+        network,
+        prompt,
+        sparsity=Sparsity(block_size=16),
+        steps=8,
+        gen_length=16,
+        block_length=16,
+        mask_id=LLADA_MASK_ID,
+    )
+    assert expected.met_a_tie() or answer.choices[0].token_ids == expected.ids
 
 
 def test_chat_streams_blocks_as_they_become_final(client):

@@ -23,7 +23,8 @@ if __name__ == "__main__":
     prompts = [{"prompt_token_ids": [i * 3 % 256 for i in range(n)]} for n in (1, 30, 200)]
     tokens = []
     for sampling in ({"temperature": 0}, {"temperature": 0.8, "seed": 3}):
-        for extra in ({"steps": 8}, {"block_length": 4}, {"threshold": 0.05}):
+        for extra in ({"steps": 8}, {"block_length": 4}, {"threshold": 0.05},
+                      {"use_sparsed": 1, "sparsed_block_size": 16}):
             params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args=extra, **sampling)
             outputs = llm.generate(prompts, params, use_tqdm=False)
             tokens += [list(output.outputs[0].token_ids) for output in outputs]

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The attention backend `SPARSED`: vLLM's tensors in, kernels.api called, sequence by sequence.
+
+Every step computes a sequence whole, so keys and values come straight from the projection; pages
+are neither written nor read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from sparsed_vllm.admission import BACKEND_NAME
+from sparsed_vllm.kernels import api
+from sparsed_vllm.pattern import Pattern
+from sparsed_vllm.phases import Phase
+
+logger = init_logger("vllm.sparsed.attention")
+
+_DENSE_ROWS = 64  # query rows that the dense kernels without FlashAttention work on together
+
+
+def load_backend(name: str = BACKEND_NAME) -> AttentionBackendEnum:
+    """The registry's member for our backend, registered if it is not yet.
+
+    Unpickling calls this: `vllm serve` sends its configuration to an engine process that has not
+    loaded any plugin yet, where the name alone would be unknown.
+    """
+    if name not in AttentionBackendEnum.__members__:
+        path = f"{SparsedBackend.__module__}.{SparsedBackend.__qualname__}"
+        AttentionBackendEnum.register(name, path)
+    return AttentionBackendEnum[name]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive sequences that attend to everything, in one call.
+
+    tokens: theirs in the batch
+    cu_seqlens int32 [num_sequences + 1]: where each begins within the run, on the device
+    lengths: their numbers of tokens
+    """
+
+    tokens: slice
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def blocks(self) -> api.QueryBlocks:
+        """The run as our own kernels want it; all layers of a step share it."""
+        starts = accumulate(self.lengths, initial=0)
+        spans = [
+            api.Span(start, length, 0) for start, length in zip(starts, self.lengths, strict=False)
+        ]
+        return api.QueryBlocks.of(spans, _DENSE_ROWS, self.cu_seqlens.device)
+
+
+@dataclass(frozen=True)
+class SparsedMetadata:
+    """How the sequences of a step attend."""
+
+    dense: tuple[Run, ...]
+    recording: tuple[tuple[Run, Pattern], ...]  # one sequence each
+    sparse: tuple[tuple[slice, Pattern], ...]  # the tokens of one sequence each
+
+
+class SparsedBackend(AttentionBackend):
+    """Found by vLLM under the name SPARSED."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(api.DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = True  # there is none: pages are not read
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[SparsedImpl]:
+        return SparsedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparsedMetadataBuilder]:
+        return SparsedMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(api.HEAD_DIMS)
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+
+class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
+    """Sorts the sequences of a step by how they attend."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # vLLM declares it abstract
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        patterns: Sequence[tuple[Phase, Pattern | None]] = (),
+    ) -> SparsedMetadata:
+        """patterns: each sequence's phase and table; none for vLLM's dummy batches."""
+        runs = _Runs(common_attn_metadata)
+        patterns = patterns or [(Phase.DENSE, None)] * runs.num_sequences
+        dense: list[Run] = []
+        recording, sparse = [], []
+        first = 0
+        for i, (phase, pattern) in enumerate(patterns):
+            if pattern is None:
+                continue
+            dense += runs.of(first, i)
+            first = i + 1
+            (run,) = runs.of(i, i + 1)
+            if phase is Phase.SPARSE:
+                sparse.append((run.tokens, pattern))
+            else:
+                recording.append((run, pattern))
+        dense += runs.of(first, len(patterns))
+        return SparsedMetadata(tuple(dense), tuple(recording), tuple(sparse))
+
+
+class _Runs:
+    """Cuts the sequences of a batch into runs."""
+
+    def __init__(self, common: CommonAttentionMetadata) -> None:
+        self._starts = common.query_start_loc
+        self._starts_cpu = common.query_start_loc_cpu.tolist()
+        self.num_sequences = len(self._starts_cpu) - 1
+
+    def of(self, first: int, end: int) -> list[Run]:
+        """Sequences [first, end) as one run; none if there is no token in them."""
+        starts = self._starts_cpu[first : end + 1]
+        if not starts or starts[0] == starts[-1]:
+            return []
+        cu_seqlens = self._starts[first : end + 1] - self._starts[first]
+        lengths = tuple(b - a for a, b in pairwise(starts))
+        return [Run(slice(starts[0], starts[-1]), cu_seqlens, lengths)]
+
+
+class SparsedImpl(AttentionImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        scoring_scale: float | None = None,
+    ) -> None:
+        """scoring_scale: of block scores, where it is not the attention's own (parity tests)."""
+        assert not (alibi_slopes or sliding_window or logits_soft_cap), "no model of ours has it"
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.scoring_scale = scoring_scale
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SparsedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query, output [tokens, num_heads, head_size]; key, value [tokens, num_kv_heads, ...]"""
+        if attn_metadata is None:  # memory profiling
+            return output.zero_()
+        index = extract_layer_index(layer.layer_name)
+        for run in attn_metadata.dense:
+            self._dense(query, key, value, run, output)
+        for run, pattern in attn_metadata.recording:
+            self._record(query, key, value, run, pattern, index, output)
+        for tokens, pattern in attn_metadata.sparse:
+            kept, num_kept, rows = pattern.of_layer(index)
+            api.block_sparse_attention(
+                query[tokens],
+                key[tokens],
+                value[tokens],
+                pattern.blocks,
+                kept,
+                num_kept,
+                rows,
+                scale=self.scale,
+                out=output[tokens],
+            )
+        return output
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor) -> Tensor:
+        """Attend to everything; returns the log-sum-exp, float32 [num_heads, the run's tokens]."""
+        attend = dense_kernel(q.device.type, q.dtype)
+        q, k, v, out = (x[run.tokens] for x in (q, k, v, out))
+        return attend(q, k, v, run, self.scale, out)
+
+    def _record(
+        self, q: Tensor, k: Tensor, v: Tensor, run: Run, pattern: Pattern, layer: int, out: Tensor
+    ) -> None:
+        """Attend to everything, and note in `pattern` which key blocks mattered."""
+        lse: Tensor | None = self._dense(q, k, v, run, out)
+        if self.scoring_scale is not None:
+            lse = None  # it is that of another scale
+        scores, gen_scores = api.block_scores(
+            q[run.tokens],
+            k[run.tokens],
+            lse,
+            pattern.blocks,
+            scale=self.scoring_scale or self.scale,
+        )
+        api.select_blocks(scores, gen_scores, pattern.blocks, *pattern.of_layer(layer))
+
+
+DenseKernel = Callable[[Tensor, Tensor, Tensor, Run, float, Tensor], Tensor]
+
+
+@cache
+def dense_kernel(device_type: str, dtype: torch.dtype) -> DenseKernel:
+    """What runs the dense steps: FlashAttention where vLLM has it, else our own kernel."""
+    if device_type != "cuda":
+        logger.info("Dense and sparse steps run in plain torch: there is no GPU.")
+        return _own_dense
+    from vllm.v1.attention.backends import fa_utils
+
+    if dtype == torch.float32 or not fa_utils.is_flash_attn_varlen_func_available():
+        logger.info("Dense steps run our Triton kernel: no FlashAttention for %s here.", dtype)
+        return _own_dense
+    version = fa_utils.get_flash_attn_version()
+    logger.info("Dense steps run FlashAttention %s.", version)
+    return _flash_kernel(fa_utils.flash_attn_varlen_func, version)
+
+
+def _flash_kernel(flash_attn: Callable[..., Any], version: int | None) -> DenseKernel:
+    def dense(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor) -> Tensor:
+        longest = max(run.lengths)
+        _, lse = flash_attn(
+            q,
+            k,
+            v,
+            max_seqlen_q=longest,
+            cu_seqlens_q=run.cu_seqlens,
+            max_seqlen_k=longest,
+            cu_seqlens_k=run.cu_seqlens,
+            softmax_scale=scale,
+            causal=False,
+            return_softmax_lse=True,
+            out=out,
+            fa_version=version,
+        )[:2]
+        return lse
+
+    return dense
+
+
+def _own_dense(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor) -> Tensor:
+    _, lse = api.dense_attention(q, k, v, run.blocks, scale=scale, out=out, return_lse=True)
+    return lse

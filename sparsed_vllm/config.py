@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""SparseD's settings: an engine's defaults, and what one request makes of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sparsed_vllm.params import BadRequest, Field, flag, integer, number
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """An engine's defaults, from `--additional-config '{"sparsed": {...}}'`.
+
+    The names are the authors' (arXiv 2509.24014).
+    skip: share of the steps that run in full before the pattern is recorded
+    select: share of the key blocks that later steps attend to
+    block_size: tokens of a block, of queries and of keys
+    min_length: tokens of prompt and canvas from which a request that does not say runs sparse
+    table_ids: key-block ids that a table may hold for each token, layer and head: what vLLM's
+        memory profiling sets aside, and what a request with small blocks must fit
+    published_scale: score blocks with 1/sqrt(num_heads), as the authors' LLaDA code does by a
+        slip; for parity tests
+    """
+
+    skip: float = 0.2
+    select: float = 0.3
+    block_size: int = 128
+    min_length: int = 8192
+    table_ids: int = 8
+    published_scale: bool = False
+
+    @classmethod
+    def of(cls, additional_config: object) -> "SparseConfig":
+        """The settings under the key `sparsed`. Raises BadRequest (a ValueError)."""
+        given = additional_config.get("sparsed", {}) if isinstance(additional_config, dict) else {}
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping):
+            raise BadRequest("sparsed", given, "a mapping", f"Its keys are {', '.join(known)}.")
+        for name, value in given.items():
+            if name not in known:
+                allowed = f"absent; the keys are {', '.join(known)}"
+                raise BadRequest(f"sparsed.{name}", value, allowed, "Leave it out.")
+        parsed = {key: _FIELDS[key].parse(f"sparsed.{key}", given[key]) for key in given}
+        return replace(cls(), **parsed)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How one request runs sparse; see SparseConfig."""
+
+    skip: float
+    select: float
+    block_size: int
+
+
+_FIELDS = {
+    "skip": Field(
+        number, lambda share: 0 <= share <= 1, "a number in [0, 1]", "The authors use 0.2."
+    ),
+    "select": Field(
+        number, lambda share: 0 < share <= 1, "a number in (0, 1]", "The authors use 0.3."
+    ),
+    "block_size": Field(
+        integer,
+        lambda size: size in BLOCK_SIZES,
+        f"one of {', '.join(map(str, BLOCK_SIZES))}",
+        "Use 128 for long contexts, 32 for short ones.",
+    ),
+    "min_length": Field(
+        integer, lambda length: length >= 0, "an integer of at least 0", "Use 0 for no limit."
+    ),
+    "table_ids": Field(integer, lambda ids: ids >= 1, "an integer of at least 1", "Leave it out."),
+    "published_scale": Field(flag, lambda _: True, "0 or 1", "Leave it out but in parity tests."),
+}
+
+REQUEST_FIELDS = {
+    "use_sparsed": Field(
+        flag, lambda _: True, "0 or 1", "Leave it out to let the length of the request decide."
+    ),
+    "sparsed_skip": _FIELDS["skip"],
+    "sparsed_select": _FIELDS["select"],
+    "sparsed_block_size": _FIELDS["block_size"],
+}
+"""A request's own settings, in `extra_args` or `vllm_xargs`."""
+
+
+def choose_sparsity(
+    config: SparseConfig | None, extra_args: Mapping[str, Any], length: int
+) -> Sparsity | None:
+    """How a request runs sparse, or None if it stays dense.
+
+    config: the engine's defaults; None where its attention backend cannot run sparse
+    extra_args: the request's parameters;  length: its prompt and canvas, in tokens
+    Raises BadRequest.
+    """
+    given = {
+        name: field.parse(name, extra_args[name])
+        for name, field in REQUEST_FIELDS.items()
+        if name in extra_args
+    }
+    wanted = given.pop("use_sparsed", None)
+    if config is None:
+        if wanted or (given and wanted is None):
+            name = "use_sparsed" if wanted else next(iter(given))
+            remedy = "Serve with --attention-backend sparsed."
+            raise BadRequest(name, extra_args[name], "absent on a dense backend", remedy)
+        return None
+    if wanted is False or (wanted is None and length < config.min_length):
+        return None
+    return Sparsity(
+        skip=given.get("sparsed_skip", config.skip),
+        select=given.get("sparsed_select", config.select),
+        block_size=given.get("sparsed_block_size", config.block_size),
+    )

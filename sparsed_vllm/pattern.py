@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Which key blocks each head of each query block of a request keeps."""
+
+import torch
+from torch import Tensor
+
+from sparsed_vllm.config import Sparsity
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, id_dtype
+
+
+class Pattern:
+    """One request's table on one rank: written once, by its recording step, then only read.
+
+    blocks: the request's query blocks, its first token counting as token 0
+    kept int16 or int32 [num_layers, num_blocks, num_heads, width]: ids, ascending, then -1
+    num_kept int32 [num_layers, num_blocks, num_heads]: how many ids count
+    rows int64 [num_blocks]: the table row of each query block
+    """
+
+    def __init__(
+        self,
+        sparsity: Sparsity,
+        *,
+        num_prompt_tokens: int,
+        num_tokens: int,
+        num_layers: int,
+        num_heads: int,
+        device: torch.device,
+    ) -> None:
+        span = Span(0, num_tokens, num_prompt_tokens, sparsity.select)
+        self.blocks = QueryBlocks.of([span], sparsity.block_size, device)
+        shape = (num_layers, self.blocks.num_blocks, num_heads)
+        dtype = id_dtype(self.blocks.max_key_blocks)
+        self.kept = torch.empty(*shape, self.blocks.most_kept, dtype=dtype, device=device)
+        self.num_kept = torch.empty(shape, dtype=torch.int32, device=device)
+        self.rows = torch.arange(self.blocks.num_blocks, device=device)
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """kept [num_blocks, num_heads, width], num_kept [num_blocks, num_heads] and rows."""
+        return self.kept[layer], self.num_kept[layer], self.rows
+
+    @property
+    def num_bytes(self) -> int:
+        return self.kept.nbytes + self.num_kept.nbytes

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""SparseD inside the engine: its tokens against the oracle's, in any batch."""
+
+import random
+
+import oracle
+import pytest
+from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
+from engines import start_engine
+from sparse_oracle import Sparsity, sparse_dream_generate, sparse_llada_generate
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (1, 17, 100, 301)
+LLADA_CASES = [
+    {"max_tokens": 32, "steps": 16, "sparsed_block_size": 32},
+    {"max_tokens": 32, "steps": 16, "block_length": 8, "sparsed_block_size": 16},
+    {"max_tokens": 33, "steps": 11, "sparsed_block_size": 16, "sparsed_select": 0.1},
+    {"max_tokens": 24, "steps": 24, "sparsed_block_size": 64, "sparsed_skip": 0.5},
+    {"max_tokens": 32, "steps": 8, "sparsed_block_size": 128, "sparsed_skip": 0},
+    {"max_tokens": 32, "steps": 32, "threshold": 0.05, "sparsed_block_size": 16},
+]
+DREAM_CASES = [
+    {"max_tokens": 32, "steps": 16, "alg": alg, "sparsed_block_size": 16}
+    for alg in ("maskgit_plus", "topk_margin", "entropy")
+]
+
+
+def prompts():
+    draw = random.Random(2)
+    return [[draw.randrange(256) for _ in range(length)] for length in LENGTHS]
+
+
+def generate(llm, batch, extras, max_tokens=32):
+    """[len(batch)] the token ids of each request; extras: its parameters, one for all or each."""
+    extras = [extras] * len(batch) if isinstance(extras, dict) else extras
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=x
+        )
+        for x in extras
+    ]
+    requests = [{"prompt_token_ids": prompt} for prompt in batch]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def split(case):
+    """A case as (max_tokens, denoising parameters, the oracle's Sparsity)."""
+    sparse = {
+        name.removeprefix("sparsed_"): value
+        for name, value in case.items()
+        if name.startswith("sparsed_")
+    }
+    rest = {name: value for name, value in case.items() if not name.startswith("sparsed_")}
+    return rest.pop("max_tokens"), rest, Sparsity(**sparse)
+
+
+def compare(actual, expected):
+    decided = [(ids, run) for ids, run in zip(actual, expected, strict=True) if not run.met_a_tie()]
+    assert decided, "every run met a tie"
+    for ids, run in decided:
+        assert ids == run.ids
+
+
+def scheduler_of(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def patterns_of(llm):
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.model_state.patterns
+
+
+@pytest.mark.parametrize("case", LLADA_CASES, ids=str)
+def test_llada_follows_its_pattern_as_published(llada, llada_path, case):
+    network = oracle.load_llada(llada_path)
+    num_tokens, rest, sparsity = split(case)
+    expected = [
+        sparse_llada_generate(
+            network,
+            prompt,
+            sparsity=sparsity,
+            gen_length=num_tokens,
+            mask_id=LLADA_MASK_ID,
+            **{"block_length": num_tokens, **rest},
+        )
+        for prompt in prompts()
+    ]
+    extras = {key: value for key, value in case.items() if key != "max_tokens"}
+    compare(generate(llada, prompts(), {**extras, "use_sparsed": 1}, num_tokens), expected)
+
+
+@pytest.mark.parametrize("case", DREAM_CASES, ids=str)
+def test_dream_follows_its_pattern_as_published(dream, dream_path, case):
+    network = oracle.load_dream(dream_path)
+    num_tokens, rest, sparsity = split(case)
+    expected = [
+        sparse_dream_generate(
+            network,
+            prompt,
+            sparsity=sparsity,
+            max_new_tokens=num_tokens,
+            mask_id=DREAM_MASK_ID,
+            **rest,
+        )
+        for prompt in prompts()
+    ]
+    extras = {key: value for key, value in case.items() if key != "max_tokens"}
+    compare(generate(dream, prompts(), {**extras, "use_sparsed": 1}, num_tokens), expected)
+
+
+def test_keeping_every_block_is_dense(llada):
+    dense = generate(llada, prompts(), {"steps": 16})
+    whole = {"steps": 16, "use_sparsed": 1, "sparsed_select": 1, "sparsed_block_size": 16}
+    assert generate(llada, prompts(), whole) == dense
+
+
+def test_short_requests_stay_dense_unless_they_ask(llada):
+    generate_one = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    llada.llm_engine.add_request("1", {"prompt_token_ids": [1] * 50}, generate_one)
+    while llada.llm_engine.has_unfinished_requests():
+        llada.llm_engine.step()
+        assert not patterns_of(llada)
+
+
+def mixed_requests():
+    """Requests whose phases differ at every step: (prompts, parameters)."""
+    draw = random.Random(4)
+    batch, extras = [], []
+    for _ in range(8):
+        batch.append([draw.randrange(256) for _ in range(draw.choice((1, 30, 129, 250)))])
+        sparse = {"use_sparsed": 1, "sparsed_block_size": draw.choice((16, 32, 64))}
+        sparse["sparsed_skip"] = draw.choice((0, 0.2, 0.6))
+        sparse["sparsed_select"] = draw.choice((0.1, 0.3, 0.5))
+        extras.append({"steps": draw.choice((8, 16)), **draw.choice(({}, sparse, sparse))})
+    return batch, extras
+
+
+def test_batch_mates_in_other_phases_change_no_token(llada):
+    batch, extras = mixed_requests()
+    together = generate(llada, batch, extras)
+    alone = [generate(llada, [one], [x])[0] for one, x in zip(batch, extras, strict=True)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 12])
+def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, after):
+    extra = {"steps": 16, "block_length": 8, "use_sparsed": 1, "sparsed_block_size": 32}
+    undisturbed = generate(llada, prompts(), extra)
+    engine = llada.llm_engine
+    params = SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+    for i, prompt in enumerate(prompts()):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    finished = [out for _ in range(after) for out in engine.step() if out.finished]
+    assert scheduler_of(llada).reset_prefix_cache(reset_running_requests=True)
+    while engine.has_unfinished_requests():
+        finished += [out for out in engine.step() if out.finished]
+    got = {out.request_id: list(out.outputs[0].token_ids) for out in finished}
+    assert [got[str(i)] for i in range(len(undisturbed))] == undisturbed
+
+
+def test_a_table_goes_with_its_request(llada):
+    engine = llada.llm_engine
+    extra = {"use_sparsed": 1, "sparsed_skip": 0}
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=extra)
+    for i in range(4):
+        engine.add_request(str(i), {"prompt_token_ids": [i] * 20}, params)
+    for _ in range(3):
+        engine.step()
+    assert len(patterns_of(llada)) == 4
+    engine.abort_request(["0", "2"])
+    engine.step()
+    assert len(patterns_of(llada)) == 2
+    while engine.has_unfinished_requests():
+        engine.step()
+    engine.step()
+    assert not patterns_of(llada)
+
+
+@pytest.mark.parametrize("name", ["sparsed", "SPARSED"])
+def test_the_backend_is_known_by_its_name(llada, llada_path, name):
+    named = start_engine(llada_path, attention_backend=name)
+    extra = {"use_sparsed": 1, "steps": 8, "sparsed_block_size": 16}
+    assert generate(named, prompts(), extra) == generate(llada, prompts(), extra)
+
+
+def test_another_backend_runs_dense_and_refuses_sparsity(llada, llada_path):
+    other = start_engine(llada_path, attention_backend="CPU_ATTN")
+    assert generate(other, prompts(), {"steps": 8}) == generate(llada, prompts(), {"steps": 8})
+    with pytest.raises(ValueError, match="--attention-backend sparsed"):
+        generate(other, prompts(), {"use_sparsed": 1})
+
+
+def test_an_engine_s_own_defaults_hold(llada, llada_path):
+    settings = {"sparsed": {"min_length": 0, "block_size": 16, "select": 0.1}}
+    eager = start_engine(llada_path, additional_config=settings)
+    extra = {"use_sparsed": 1, "sparsed_block_size": 16, "sparsed_select": 0.1}
+    assert generate(eager, prompts(), {}) == generate(llada, prompts(), extra)
+
+
+def test_an_engine_refuses_settings_it_does_not_know(llada_path):
+    with pytest.raises(ValueError, match=r"sparsed\.keep must be absent"):
+        start_engine(llada_path, additional_config={"sparsed": {"keep": 1}})
+
+
+def test_a_table_that_outgrows_its_memory_is_refused(llada_path):
+    small = start_engine(llada_path, additional_config={"sparsed": {"table_ids": 1}})
+    extra = {"use_sparsed": 1, "sparsed_block_size": 16, "sparsed_select": 1}
+    with pytest.raises(ValueError, match=r"sparsed_block_size .* raise sparsed\.table_ids"):
+        generate(small, prompts(), extra)
+    extra["sparsed_block_size"] = 128
+    assert len(generate(small, prompts(), extra)) == len(LENGTHS)

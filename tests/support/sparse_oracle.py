@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""What a request that runs SparseD must return: oracle.py's networks and loops, with L x L masks.
+
+Written after the authors' published code (github.com/INV-WZQ/SparseD; arXiv 2509.24014).
+The differences:
+  LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads);
+  scores are float64, and of equal scores the lower block wins;
+  a selection of more blocks than there are takes all of them, where theirs raises.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from oracle import Layer, Network, Run, dream_generate, llada_generate, rms_norm, swiglu
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    skip: float = 0.2
+    select: float = 0.3
+    block_size: int = 32
+    total_steps: int | None = None  # T of the paper; None: the steps of the request
+
+    @property
+    def recording_step(self) -> int:
+        """The last step that attends to everything; at or after total_steps there is none."""
+        return int(self.total_steps * self.skip) + 1
+
+    def num_blocks(self, length: int) -> int:
+        return math.ceil(length / self.block_size)
+
+    def num_kept(self, num_blocks: int) -> int:
+        return min(int(num_blocks * self.select) + 1, num_blocks)
+
+    def first_generation_block(self, length: int, gen_length: int) -> int:
+        """The first block of generated places only, or else the last block."""
+        return min(self.num_blocks(length - gen_length), self.num_blocks(length) - 1)
+
+
+@dataclass(frozen=True)
+class SparseRun(Run):
+    """A Run whose closest decision may also have been one between blocks.
+
+    Blocks lead one another by ln(kept / dropped) of their scores: that is in units of logits and
+    rounding moves it as much (float32 against float64 networks: up to 8e-6 at 500 places), so
+    that met_a_tie() applies to it as it is.
+    """
+
+    masks: Tensor | None = field(default=None, compare=False)  # of SparseNetwork
+    leads: Tensor | None = field(default=None, compare=False)  # of SparseNetwork
+
+
+class SparseNetwork:
+    """The LogitsFn of one request: call number s is its step s, over all blocks of the canvas.
+
+    masks: None, after the recording step bool [num_layers, num_heads, num_blocks, num_blocks],
+      which key blocks (last) each query block of each query head keeps
+    leads: None, then float64 [num_layers, num_heads, num_blocks], by how little a query block's
+      closest choice was taken: ln(kept / dropped) of the scores, inf where nothing was dropped
+    """
+
+    def __init__(self, net: Network, sparsity: Sparsity, prompt_length: int, gen_length: int):
+        assert sparsity.total_steps is not None, "how many steps?"
+        self.net, self.sparsity = net, sparsity
+        self.length, self.gen_length = prompt_length + gen_length, gen_length
+        self.step = 0
+        self.masks: Tensor | None = None
+        self.leads: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids [1, L] -> logits [1, L, vocab], as Network does it."""
+        assert ids.shape == (1, self.length), "another request's ids"
+        net, recorded = self.net, []
+        x = net.embedding[ids[0]]
+        for index, layer in enumerate(net.layers):
+            h = rms_norm(x, layer.attn_norm, net.eps)
+            if self.step == self.sparsity.recording_step:
+                q, k, _ = net.heads(layer, h)
+                recorded.append(select_blocks(q, k, self.sparsity, self.gen_length))
+            x = x + self.attention(index, layer, h)
+            x = x + swiglu(layer, rms_norm(x, layer.mlp_norm, net.eps))
+        if recorded:
+            self.masks, self.leads = map(torch.stack, zip(*recorded, strict=True))
+        self.step += 1
+        return linear(rms_norm(x, net.norm, net.eps), net.head)[None]
+
+    def attention(self, index: int, layer: Layer, x: Tensor) -> Tensor:
+        """x [L, hidden] -> [L, hidden], with a mask once there is one."""
+        if self.masks is None:
+            return self.net.attention(layer, x)
+        q, k, v = self.net.heads(layer, x)
+        seen = over_places(self.masks[index], self.sparsity.block_size, len(x))
+        logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+        return linear((logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1), *layer.o)
+
+    @property
+    def closest_scores(self) -> float:
+        """The smallest of all leads; inf where nothing was recorded."""
+        return math.inf if self.leads is None else float(self.leads.min())
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, sparsity: Sparsity, gen_length: int
+) -> tuple[Tensor, Tensor]:
+    """Isolated selection of one layer: its masks and leads, as SparseNetwork keeps them.
+
+    q, k [num_heads, L, head_dim], rotated, each key head repeated for its query heads
+    """
+    size, first_gen = sparsity.block_size, sparsity.first_generation_block(q.shape[1], gen_length)
+    scores = block_scores(q, k, size)  # [num_heads, num_blocks, num_blocks]
+    gen_scores = block_scores(q, k[:, first_gen * size :], size)  # [.., num_blocks - first_gen]
+    mask = best_blocks(scores, sparsity.num_kept(scores.shape[-1]))
+    gen_mask = best_blocks(gen_scores, sparsity.num_kept(gen_scores.shape[-1]))
+    leads = torch.minimum(
+        closest_leads(scores, mask, first_gen),
+        closest_leads(gen_scores, gen_mask, gen_scores.shape[-1]),
+    )
+    return torch.cat((mask[..., :first_gen], gen_mask), dim=-1), leads
+
+
+def block_scores(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """Means of softmax(q k / sqrt(head_dim)) over blocks of block_size x block_size places.
+
+    q [num_heads, L, head_dim]; k [num_heads, keys, head_dim]
+    Returns float64 [num_heads, query blocks, key blocks]. Places past the end count as 0.
+    """
+    weights = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+    rows, keys = (-n % block_size for n in weights.shape[1:])
+    padded = pad(weights, (0, keys, 0, rows))
+    return padded.unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size)).mean(dim=(2, 4))
+
+
+def best_blocks(scores: Tensor, count: int) -> Tensor:
+    """bool [..., blocks], where scores [..., blocks] has its count highest."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def closest_leads(scores: Tensor, mask: Tensor, stop: int) -> Tensor:
+    """Smallest ln(kept / dropped) of two key blocks of which at least one is before stop.
+
+    scores, mask [num_heads, query blocks, key blocks] -> [num_heads, query blocks]
+    """
+    if stop == 0:
+        return torch.full_like(scores[..., 0], math.inf)
+    logs = scores.log()
+    kept, dropped = logs.masked_fill(~mask, math.inf), logs.masked_fill(mask, -math.inf)
+    return torch.minimum(
+        kept[..., :stop].amin(dim=-1) - dropped.amax(dim=-1),
+        kept.amin(dim=-1) - dropped[..., :stop].amax(dim=-1),
+    )
+
+
+def over_places(mask: Tensor, block_size: int, length: int) -> Tensor:
+    """mask [..., query blocks, key blocks] -> [..., length, length]"""
+    for dim in (-2, -1):
+        mask = mask.repeat_interleave(block_size, dim=dim)
+    return mask[..., :length, :length]
+
+
+def sparse_llada_generate(
+    net: Network,
+    prompt: Sequence[int],
+    *,
+    sparsity: Sparsity,
+    steps: int,
+    gen_length: int,
+    **options,
+) -> SparseRun:
+    """llada_generate() with sparse attention; T is `steps`, also with a threshold."""
+    logits_fn = for_request(net, sparsity, steps, len(prompt), gen_length)
+    run = llada_generate(logits_fn, prompt, steps=steps, gen_length=gen_length, **options)
+    return with_masks(run, logits_fn)
+
+
+def sparse_dream_generate(
+    net: Network,
+    prompt: Sequence[int],
+    *,
+    sparsity: Sparsity,
+    steps: int,
+    max_new_tokens: int,
+    **options,
+) -> SparseRun:
+    """dream_generate() with sparse attention; T is `steps`, also with a threshold."""
+    logits_fn = for_request(net, sparsity, steps, len(prompt), max_new_tokens)
+    run = dream_generate(logits_fn, prompt, steps=steps, max_new_tokens=max_new_tokens, **options)
+    return with_masks(run, logits_fn)
+
+
+def for_request(
+    net: Network, sparsity: Sparsity, steps: int, prompt_length: int, gen_length: int
+) -> SparseNetwork:
+    if sparsity.total_steps is None:
+        sparsity = replace(sparsity, total_steps=steps)
+    return SparseNetwork(net, sparsity, prompt_length, gen_length)
+
+
+def with_masks(run: Run, logits_fn: SparseNetwork) -> SparseRun:
+    closest = min(run.closest, logits_fn.closest_scores)
+    return SparseRun(run.ids, run.forwards, closest, logits_fn.masks, logits_fn.leads)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""An engine's settings for sparse attention and what requests make of them."""
+
+import math
+
+import pytest
+
+from sparsed_vllm.config import SparseConfig, Sparsity, choose_sparsity
+from sparsed_vllm.params import BadRequest
+from sparsed_vllm.phases import Phase, phase_of, recording_step
+
+DEFAULTS = SparseConfig()
+
+
+@pytest.mark.parametrize("additional", [{}, None, {"other": 1}, {"sparsed": {}}], ids=str)
+def test_the_defaults_are_the_authors(additional):
+    config = SparseConfig.of(additional)
+    assert (config.skip, config.select, config.block_size) == (0.2, 0.3, 128)
+
+
+def test_an_engine_sets_its_own_defaults():
+    config = SparseConfig.of({"sparsed": {"skip": 0.1, "block_size": 32, "min_length": 0}})
+    assert config == SparseConfig(skip=0.1, block_size=32, min_length=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("skip", -0.1),
+        ("skip", 1.01),
+        ("skip", math.nan),
+        ("select", 0),
+        ("select", 1.5),
+        ("select", "0.3"),
+        ("block_size", 48),
+        ("block_size", 128.0),
+        ("block_size", 256),
+        ("min_length", -1),
+        ("table_ids", 0),
+        ("keep", 0.3),
+    ],
+)
+def test_bad_settings_are_refused_by_name(key, value):
+    with pytest.raises(BadRequest, match=rf"sparsed\.{key} must be"):
+        SparseConfig.of({"sparsed": {key: value}})
+
+
+def test_settings_must_be_a_mapping():
+    with pytest.raises(BadRequest, match="a mapping"):
+        SparseConfig.of({"sparsed": 0.3})
+
+
+def test_the_length_decides_unless_the_request_does():
+    assert choose_sparsity(DEFAULTS, {}, DEFAULTS.min_length - 1) is None
+    assert choose_sparsity(DEFAULTS, {}, DEFAULTS.min_length) == Sparsity(0.2, 0.3, 128)
+    assert choose_sparsity(DEFAULTS, {"use_sparsed": 1}, 1) == Sparsity(0.2, 0.3, 128)
+    assert choose_sparsity(DEFAULTS, {"use_sparsed": 0}, 10**6) is None
+
+
+def test_a_request_has_its_own_settings():
+    given = {"sparsed_skip": 0, "sparsed_select": 1, "sparsed_block_size": 16, "use_sparsed": 1}
+    assert choose_sparsity(DEFAULTS, given, 1) == Sparsity(0, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sparsed_skip", 2), ("sparsed_select", 0), ("sparsed_block_size", 8), ("use_sparsed", "x")],
+)
+def test_a_request_s_bad_settings_are_refused_at_any_length(field, value):
+    with pytest.raises(BadRequest, match=f"{field} must be"):
+        choose_sparsity(DEFAULTS, {field: value}, 1)
+
+
+def test_a_dense_backend_refuses_what_asks_for_sparsity():
+    assert choose_sparsity(None, {}, 10**6) is None
+    assert choose_sparsity(None, {"use_sparsed": 0}, 10**6) is None
+    for given in ({"use_sparsed": 1}, {"sparsed_select": 0.3}):
+        with pytest.raises(BadRequest, match="--attention-backend sparsed"):
+            choose_sparsity(None, given, 10**6)
+
+
+def test_27_of_128_steps_are_dense_and_the_last_of_them_records():
+    phases = [phase_of(step, 128, 0.2) for step in range(128)]
+    assert phases == [Phase.DENSE] * 26 + [Phase.RECORDING] + [Phase.SPARSE] * 101
+
+
+def test_a_short_request_may_never_record():
+    assert recording_step(1, 0.2) == 1
+    assert phase_of(0, 1, 0.2) is Phase.DENSE
+    assert recording_step(10, 1.0) > 10

@@ -39,7 +39,3 @@ class Pattern:
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """kept [num_blocks, num_heads, width], num_kept [num_blocks, num_heads] and rows."""
         return self.kept[layer], self.num_kept[layer], self.rows
-
-    @property
-    def num_bytes(self) -> int:
-        return self.kept.nbytes + self.num_kept.nbytes

@@ -126,8 +126,9 @@ def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         assert request.sampling_params is not None
         _check_served(request.sampling_params)
         prompt = request.prompt_token_ids or []
-        RequestReader(vllm_config).read(request.sampling_params, len(prompt))
+        # First the length: what is read afterwards takes time in proportion to it.
         _check_prompt(vllm_config.model_config, prompt, request.sampling_params)
+        RequestReader(vllm_config).read(request.sampling_params, len(prompt))
     except BadRequest as error:
         raise RequestRefused(error) from error
 

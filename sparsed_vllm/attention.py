@@ -223,19 +223,20 @@ class SparsedImpl(AttentionImpl):
             )
         return output
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor) -> Tensor:
+    def _dense(
+        self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, return_lse: bool = False
+    ) -> Tensor | None:
         """Attend to everything; returns the log-sum-exp, float32 [num_heads, the run's tokens]."""
         attend = dense_kernel(q.device.type, q.dtype)
         q, k, v, out = (x[run.tokens] for x in (q, k, v, out))
-        return attend(q, k, v, run, self.scale, out)
+        return attend(q, k, v, run, self.scale, out, return_lse)
 
     def _record(
         self, q: Tensor, k: Tensor, v: Tensor, run: Run, pattern: Pattern, layer: int, out: Tensor
     ) -> None:
         """Attend to everything, and note in `pattern` which key blocks mattered."""
-        lse: Tensor | None = self._dense(q, k, v, run, out)
-        if self.scoring_scale is not None:
-            lse = None  # it is that of another scale
+        # Scores of another scale need a log-sum-exp of their own.
+        lse = self._dense(q, k, v, run, out, return_lse=self.scoring_scale is None)
         scores, gen_scores = api.block_scores(
             q[run.tokens],
             k[run.tokens],
@@ -246,7 +247,7 @@ class SparsedImpl(AttentionImpl):
         api.select_blocks(scores, gen_scores, pattern.blocks, *pattern.of_layer(layer))
 
 
-DenseKernel = Callable[[Tensor, Tensor, Tensor, Run, float, Tensor], Tensor]
+DenseKernel = Callable[[Tensor, Tensor, Tensor, Run, float, Tensor, bool], Tensor | None]
 
 
 @cache
@@ -266,7 +267,9 @@ def dense_kernel(device_type: str, dtype: torch.dtype) -> DenseKernel:
 
 
 def _flash_kernel(flash_attn: Callable[..., Any], version: int | None) -> DenseKernel:
-    def dense(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor) -> Tensor:
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor, return_lse: bool
+    ) -> Tensor | None:
         longest = max(run.lengths)
         _, lse = flash_attn(
             q,
@@ -282,11 +285,13 @@ def _flash_kernel(flash_attn: Callable[..., Any], version: int | None) -> DenseK
             out=out,
             fa_version=version,
         )[:2]
-        return lse
+        return lse if return_lse else None  # it comes for nothing
 
     return dense
 
 
-def _own_dense(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor) -> Tensor:
-    _, lse = api.dense_attention(q, k, v, run.blocks, scale=scale, out=out, return_lse=True)
-    return lse
+def _own_dense(
+    q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor, return_lse: bool
+) -> Tensor | None:
+    result = api.dense_attention(q, k, v, run.blocks, scale=scale, out=out, return_lse=return_lse)
+    return result[1] if return_lse else None

@@ -83,6 +83,11 @@ def test_prompt_and_canvas_must_fit_the_model(llada):
     assert "at most 2 (max_model_len 512 less 510 of prompt)" in refusal(llada, long)
 
 
+def test_an_absurd_length_is_refused_before_it_costs_anything(llada):
+    message = refusal(llada, max_tokens=10**12, extra_args={"use_sparsed": 1})
+    assert message.startswith("max_tokens must be at most 509")
+
+
 def test_a_prompt_must_not_be_empty(llada):
     assert "cannot be empty" in refusal(llada, {"prompt_token_ids": []})
 

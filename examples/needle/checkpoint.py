@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The network as a checkpoint in the layout in which LLaDA's authors publish theirs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import torch
+from safetensors.torch import load_file, save_file
+
+from needle.network import Network, Shape
+from needle.vocabulary import EOS, ID, MASK, save_tokenizer
+
+WEIGHTS = "model.safetensors"
+
+
+def save(network: Network, folder: Path) -> None:
+    """bfloat16 weights, config and tokenizer.
+
+    A file takes its place whole: whoever interrupts finds the last one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = network.state_dict()
+    kept = {name: weight.bfloat16().cpu().contiguous() for name, weight in weights.items()}
+    save_file(kept, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    _write_json(folder / "config.json", config(network.shape))
+    _write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
+    save_tokenizer(folder)
+
+
+def load(folder: Path) -> Network:
+    """The network of a folder that save() wrote, in float32 on the CPU."""
+    keys = json.loads((folder / "config.json").read_text())
+    network = Network(Shape(**{name: keys[name] for name in Shape.__dataclass_fields__}))
+    weights = load_file(folder / WEIGHTS)
+    network.load_state_dict({name: weight.to(torch.float32) for name, weight in weights.items()})
+    return network
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    """LLaDA's config.json."""
+    sizes = checkpoints.Shape(
+        vocab_size=shape.vocab_size,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_heads,
+        d_model=shape.d_model,
+        mlp_hidden_size=shape.mlp_hidden_size,
+        max_length=shape.max_sequence_length,
+    )
+    own = {
+        "rope_theta": shape.rope_theta,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "mask_token_id": ID[MASK],
+        "eos_token_id": ID[EOS],
+        "pad_token_id": ID[EOS],
+    }
+    return checkpoints.llada_config(sizes, tie=False) | own
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

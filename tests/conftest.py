@@ -3,6 +3,7 @@
 """Settings for vLLM, made before it is imported, and the engines that tests share."""
 
 import os
+from pathlib import Path
 
 # One process, so that a test can look into the scheduler; test_serve.py spawns its own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -49,6 +50,16 @@ def dream(dream_path):
     from engines import start_engine
 
     return start_engine(dream_path)
+
+
+@pytest.fixture(scope="session")
+def needle():
+    """The small trained model that ships with the repository."""
+    import train_needle
+    from engines import start_engine
+
+    path = Path(train_needle.__file__).parent / "needle" / "model"
+    return start_engine(path, max_model_len=2048)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,13 @@ SEAMS = {
         "new_token_ids",
         "is_stale",
     ),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("request", "delay_free_blocks"),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": None,
+    "vllm.v1.metrics.loggers:StatLoggerManager.__init__": None,
 }
 """Private or young parts of vLLM: what each is, and the parameters it is called with.
 

@@ -116,3 +116,10 @@ def choose_sparsity(
         select=given.get("sparsed_select", config.select),
         block_size=given.get("sparsed_block_size", config.block_size),
     )
+
+
+def reason_for(config: SparseConfig | None, extra_args: Mapping[str, Any]) -> str:
+    """What decided choose_sparsity: the attention `backend`, the `request` or its `length`."""
+    if config is None:
+        return "backend"
+    return "request" if "use_sparsed" in extra_args else "length"

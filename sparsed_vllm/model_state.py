@@ -24,6 +24,7 @@ from sparsed_vllm.config import Sparsity
 from sparsed_vllm.denoising import Denoising
 from sparsed_vllm.pattern import Pattern
 from sparsed_vllm.phases import Phase
+from sparsed_vllm.recorded_tables import RecordedTables
 from sparsed_vllm.sampler import DenoisingSampler
 
 
@@ -184,6 +185,15 @@ class DenoisingModelState(ModelState):
         if self.plan is None or self.plan.batch is not input_batch:
             return []
         return self.plan.turns
+
+    def recorded_tables(self, input_batch: InputBatch) -> RecordedTables | None:
+        """The tables that the step has just recorded. Call it before the canvases advance."""
+        tables = {
+            req_id: turn.pattern
+            for req_id, turn in zip(input_batch.req_ids, self.turns_of(input_batch), strict=False)
+            if turn and turn.pattern and turn.denoising.phase is Phase.RECORDING
+        }
+        return RecordedTables(tables) if tables else None
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         return {}

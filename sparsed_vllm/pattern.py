@@ -39,3 +39,13 @@ class Pattern:
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """kept [num_blocks, num_heads, width], num_kept [num_blocks, num_heads] and rows."""
         return self.kept[layer], self.num_kept[layer], self.rows
+
+    @property
+    def num_possible(self) -> int:
+        """How many ids the table would list if every row kept every key block."""
+        return self.num_kept.numel() * self.blocks.max_key_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the ids and their counts."""
+        return self.kept.nbytes + self.num_kept.nbytes

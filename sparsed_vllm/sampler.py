@@ -54,8 +54,11 @@ class DenoisingSampler:
         self._rewind_total_len(turns, input_batch)
         num_rows = [len(turn.places) if turn else 0 for turn in turns]
         parts = logits[: sum(num_rows)].split(num_rows)
+        tables = self.state.recorded_tables(input_batch)
         taken = [self._advance(turn, rows) for turn, rows in zip(turns, parts, strict=True)]
-        return self._output(taken, input_batch)
+        output = self._output(taken, input_batch)
+        output.sampling_mask_tensors = tables  # which travel as these; ours has no such masks
+        return output
 
     def _hold_largest_step(self, logits: Tensor) -> None:
         """Take, for a moment, the memory of a step in which every token of the batch is masked.

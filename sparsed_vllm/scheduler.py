@@ -2,17 +2,25 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """vLLM's scheduler, taught that a request is its prompt and a canvas, computed whole each step."""
 
+import logging
 import random
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from sparsed_vllm.admission import RequestReader
-from sparsed_vllm.phases import Schedule, resume_step
+from sparsed_vllm.config import reason_for
+from sparsed_vllm.metrics import report
+from sparsed_vllm.tally import Progress, TableCount, Tally
+
+logger = init_logger("vllm.sparsed.requests")
 
 
 class DenoisingScheduler(Scheduler):
@@ -30,7 +38,8 @@ class DenoisingScheduler(Scheduler):
         self.num_sampled_tokens_per_step = 0
         self.reader = RequestReader(self.vllm_config)
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
-        self.steps_left: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self.progress: WeakKeyDictionary[Request, Progress] = WeakKeyDictionary()
+        self.tally = Tally()
 
     def add_request(self, request: Request) -> None:
         """Queue a request with its canvas; unseeded ones get a seed that all workers share."""
@@ -41,11 +50,19 @@ class DenoisingScheduler(Scheduler):
             # Temperature 0 repeats itself, as vLLM's users expect, also where places are drawn.
             params.seed = random.getrandbits(63) if params.temperature > 0 else 0
         self._mask_rest(request)
+        self.progress[request] = self._read(request)
+        self.tally.admit(self.progress[request])
         super().add_request(request)
+
+    def _read(self, request: Request) -> Progress:
+        params = request.sampling_params
+        assert params is not None
+        reason = reason_for(self.reader.sparse_config, params.extra_args or {})
+        return Progress.of(*self.reader.read(params, request.num_prompt_tokens), reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         for request in self.running:
-            if self.steps_left[request] <= 0:
+            if self.progress[request].steps_left <= 0:
                 # All its steps are in flight. schedule() counts current_step up before it looks.
                 request.next_decode_eligible_step = self.current_step + 2
         return super().schedule(throttle_prefills)
@@ -53,16 +70,41 @@ class DenoisingScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            request = self.requests[new.req_id]
-            self.steps_left[request] = self._remaining_steps(request)
+            self.progress[self.requests[new.req_id]].start()
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[req_id]
             request.num_computed_tokens = 0
-            self.steps_left[request] -= 1
+            # Sent is run: what is aborted or preempted meanwhile costs its step all the same.
+            self.tally.take_step(self.progress[request])
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self._note_tables(model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in outputs.values():
+            if output.scheduler_stats is not None:
+                report(self.tally, self._table_bytes(), output.scheduler_stats)
+        return outputs
+
+    def _note_tables(self, model_runner_output: ModelRunnerOutput) -> None:
+        """Count the tables that a step recorded; see recorded_tables.py for their way here."""
+        tables: dict[str, TableCount] = model_runner_output.sampling_masks or {}
+        for req_id, table in tables.items():
+            self.tally.record(table)
+            if req_id in self.requests:
+                self.progress[self.requests[req_id]].note_table(table)
+
+    def _table_bytes(self) -> int:
+        """What the tables of all running requests take on each rank."""
+        tables = [self.progress[request].table for request in self.running]
+        return sum(table.num_bytes for table in tables if table)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
+        progress = self.progress[request]
+        self.tally.hand_out(progress, len(new_token_ids))
         # The base class appends to the sequence and compares its length with the limits.
         del request._all_token_ids[request.num_prompt_tokens + request.num_output_tokens :]
         new_token_ids, stopped = super()._update_request_with_output(
@@ -71,17 +113,28 @@ class DenoisingScheduler(Scheduler):
         request.num_computed_tokens = 0
         if not stopped:
             self._mask_rest(request)
+        elif request.status == RequestStatus.FINISHED_STOPPED:
+            self.tally.stop(progress)
         return new_token_ids, stopped
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("Request finished: %s", self._summary(request))
+        return super()._free_request(request, delay_free_blocks)
+
+    def _summary(self, request: Request) -> str:
+        facts = {
+            "request": request.request_id,
+            "finish": request.get_finished_reason(),
+            "prompt_tokens": request.num_prompt_tokens,
+            "tokens": request.num_output_tokens,
+            "max_tokens": request.max_tokens,
+            **self.progress[request].summary(),
+            "preemptions": request.num_preemptions,
+        }
+        return " ".join(f"{name}={value}" for name, value in facts.items())
 
     def _mask_rest(self, request: Request) -> None:
         """Fill the sequence up to its full length with masks, in place: vLLM holds views of it."""
         missing = request.num_prompt_tokens + request.max_tokens - request.num_tokens
         request._all_token_ids.extend([self.mask_token_id] * missing)
-
-    def _remaining_steps(self, request: Request) -> int:
-        """The steps from where the request starts or, after a preemption, goes on."""
-        assert request.sampling_params is not None
-        params, sparsity = self.reader.read(request.sampling_params, request.num_prompt_tokens)
-        schedule = Schedule.of(params)
-        done = resume_step(schedule, request.num_output_tokens, sparsity is not None)
-        return schedule.num_steps - done

@@ -42,7 +42,7 @@ def dream_path(tmp_path_factory):
 def llada(llada_path):
     from engines import start_engine
 
-    return start_engine(llada_path)
+    return start_engine(llada_path, disable_log_stats=False)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 
 from sparsed_vllm.config import REQUEST_FIELDS
 from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.metrics import COUNTERS, TABLE_BYTES
 from sparsed_vllm.params import request_fields
 from sparsed_vllm.patches.inventory import as_table
 
@@ -18,6 +19,11 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_every_request_parameter_and_policy_is_in_the_readme(family):
     for name in (*request_fields(family, 32), *REQUEST_FIELDS, *family.policies):
         assert f"`{name}`" in README, name
+
+
+def test_every_metric_is_in_the_readme():
+    for metric in (*COUNTERS, TABLE_BYTES):
+        assert f"`{metric.name}" in README, metric.name
 
 
 def test_the_patches_in_force_are_in_the_readme():

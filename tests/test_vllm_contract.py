@@ -13,8 +13,11 @@ from vllm import SamplingParams
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -99,6 +102,23 @@ def test_a_sampler_may_say_how_many_tokens_count():
         "num_sampled",
         "num_rejected",
     ]
+
+
+def test_counts_of_tables_travel_to_the_scheduler_as_sampling_masks_do():
+    assert [field.name for field in dataclasses.fields(SamplerOutput)][5] == "sampling_mask_tensors"
+    copied = inspect.getsource(AsyncOutput.__init__)
+    assert "sampler_output.sampling_mask_tensors.to_cpu_nonblocking()" in copied
+    assert "self.sampling_mask_tensors.tolists(" in inspect.getsource(AsyncOutput.get_output)
+    assert ModelRunnerOutput([], {}).sampling_masks is None
+    update = inspect.getsource(Scheduler.update_from_output)
+    assert update.index("if self.return_sampling_mask:") < update.index(".sampling_masks")
+
+
+def test_the_scheduler_s_statistics_have_room_for_ours():
+    assert SchedulerStats().kv_connector_stats is None
+    sent = SchedulerStats(kv_connector_stats={"ours": {"count": 1}})
+    wire = msgspec.msgpack.encode(sent)
+    assert msgspec.msgpack.decode(wire, type=SchedulerStats) == sent
 
 
 def test_attention_metadata_can_be_bidirectional():

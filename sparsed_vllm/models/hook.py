@@ -64,6 +64,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "use --tensor-parallel-size",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
+        "--return-sampling-mask": (
+            vllm_config.model_config.return_sampling_mask,
+            "a place is filled from all tokens; leave it out",
+        ),
     }
     for setting, (is_set, remedy) in refused.items():
         if is_set:

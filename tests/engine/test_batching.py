@@ -73,7 +73,7 @@ def assert_nothing_is_left(llm, free_pages):
     assert not scheduler.requests
     assert not scheduler.running
     assert not len(scheduler.waiting)
-    assert not len(scheduler.steps_left)
+    assert not len(scheduler.progress)
     assert not worker_state_of(llm).requests
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free_pages
 
@@ -226,8 +226,10 @@ def test_async_scheduling_sends_no_step_beyond_the_last(async_llada, monkeypatch
     params = SamplingParams(
         temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, extra_args={"steps": 5}
     )
+    counted = scheduler.tally.counts["denoising_steps"]
     tokens(async_llada, [([1, 2, 3], params)])
     assert [total for total in sent if total] == [11] * 5
+    assert scheduler.tally.counts["denoising_steps"] - counted == 5
 
 
 def test_samples_of_one_request_differ(llada):

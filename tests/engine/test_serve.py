@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
 from engines import KV_CACHE_BYTES
+from prometheus_client.parser import text_string_to_metric_families
 from sparse_oracle import Sparsity, sparse_llada_generate
 
 pytestmark = pytest.mark.engine
@@ -153,3 +155,35 @@ def test_a_client_that_hangs_up_leaves_the_server_serving(client):
     next(iter(stream))
     stream.close()
     assert complete(client, "hello").usage.completion_tokens == 16
+
+
+def own_labels(labels):
+    return [value for name, value in labels.items() if name not in ("model_name", "engine")]
+
+
+def test_prometheus_reads_what_requests_cost(client):
+    def scrape():
+        text = urllib.request.urlopen(str(client.base_url.join("/metrics"))).read().decode()
+        return {
+            (sample.name.removeprefix("vllm:"), *own_labels(sample.labels)): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith(("vllm:diffusion", "vllm:sparsed"))
+        }
+
+    before = scrape()
+    complete(client, [3] * 150, steps=8, use_sparsed=1, sparsed_block_size=16)
+    after = scrape()
+    rise = {key: after[key] - before[key] for key in after if after[key] != before[key]}
+    kept = rise.pop(("sparsed_kept_blocks_total",))
+    assert 0 < kept < rise.pop(("sparsed_possible_blocks_total",))
+    assert rise == {
+        ("diffusion_num_denoising_steps_total",): 8,
+        ("diffusion_num_canvas_positions_total",): 8 * 16,
+        ("diffusion_num_committed_tokens_total",): 16,
+        ("sparsed_steps_total", "dense"): 2,
+        ("sparsed_steps_total", "recording"): 1,
+        ("sparsed_steps_total", "sparse"): 5,
+        ("sparsed_requests_total", "sparse", "request"): 1,
+        ("sparsed_tables_total",): 1,
+    }

@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     path, ranks = sys.argv[1:]
     llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
-              tensor_parallel_size=int(ranks),
+              disable_log_stats=False, tensor_parallel_size=int(ranks),
               kv_cache_memory_bytes=1 << 26)
     prompts = [{"prompt_token_ids": [i * 3 % 256 for i in range(n)]} for n in (1, 30, 200)]
     tokens = []
@@ -28,12 +28,14 @@ if __name__ == "__main__":
             params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args=extra, **sampling)
             outputs = llm.generate(prompts, params, use_tqdm=False)
             tokens += [list(output.outputs[0].token_ids) for output in outputs]
-    print("TOKENS", json.dumps(tokens))
+    counts = {f"{m.name} {m.labels.get('phase', '')}": m.value for m in llm.get_metrics()
+              if m.name.startswith(("vllm:diffusion", "vllm:sparsed"))}
+    print("RESULT", json.dumps([tokens, counts]))
 """
 
 
 def generate(tmp_path, path, ranks):
-    """The tokens of an engine of `ranks` processes, in a process tree of its own."""
+    """Tokens and metrics of an engine of `ranks` processes, in a process tree of its own."""
     script = tmp_path / "generate.py"
     script.write_text(GENERATE)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -46,11 +48,18 @@ def generate(tmp_path, path, ranks):
         env=environment,
         timeout=600,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("TOKENS "))
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
-    assert generate(tmp_path, llada_path, ranks=2) == generate(tmp_path, llada_path, ranks=1)
+    tokens, counts = generate(tmp_path, llada_path, ranks=2)
+    tokens_of_one, counts_of_one = generate(tmp_path, llada_path, ranks=1)
+    assert tokens == tokens_of_one
+    of_one_rank = {f"vllm:sparsed_{name}_blocks " for name in ("kept", "possible")}
+    for name in counts.keys() - of_one_rank:
+        assert counts[name] == counts_of_one[name], name
+    possible = "vllm:sparsed_possible_blocks "
+    assert 2 * counts[possible] == counts_of_one[possible] > 0

@@ -6,6 +6,7 @@ import random
 
 import oracle
 import pytest
+import torch
 from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
 from engines import start_engine
 from sparse_oracle import Sparsity, sparse_dream_generate, sparse_llada_generate
@@ -74,11 +75,10 @@ def patterns_of(llm):
     return executor.driver_worker.worker.model_runner.model_state.patterns
 
 
-@pytest.mark.parametrize("case", LLADA_CASES, ids=str)
-def test_llada_follows_its_pattern_as_published(llada, llada_path, case):
-    network = oracle.load_llada(llada_path)
+def expected_llada(path, case):
+    network = oracle.load_llada(path)
     num_tokens, rest, sparsity = split(case)
-    expected = [
+    return [
         sparse_llada_generate(
             network,
             prompt,
@@ -89,15 +89,12 @@ def test_llada_follows_its_pattern_as_published(llada, llada_path, case):
         )
         for prompt in prompts()
     ]
-    extras = {key: value for key, value in case.items() if key != "max_tokens"}
-    compare(generate(llada, prompts(), {**extras, "use_sparsed": 1}, num_tokens), expected)
 
 
-@pytest.mark.parametrize("case", DREAM_CASES, ids=str)
-def test_dream_follows_its_pattern_as_published(dream, dream_path, case):
-    network = oracle.load_dream(dream_path)
+def expected_dream(path, case):
+    network = oracle.load_dream(path)
     num_tokens, rest, sparsity = split(case)
-    expected = [
+    return [
         sparse_dream_generate(
             network,
             prompt,
@@ -108,8 +105,18 @@ def test_dream_follows_its_pattern_as_published(dream, dream_path, case):
         )
         for prompt in prompts()
     ]
+
+
+EXPECTED = {"llada": expected_llada, "dream": expected_dream}
+CASES = [("llada", case) for case in LLADA_CASES] + [("dream", case) for case in DREAM_CASES]
+
+
+@pytest.mark.parametrize(("family", "case"), CASES, ids=str)
+def test_requests_follow_their_pattern_as_published(request, family, case):
+    llm, path = (request.getfixturevalue(name) for name in (family, f"{family}_path"))
     extras = {key: value for key, value in case.items() if key != "max_tokens"}
-    compare(generate(dream, prompts(), {**extras, "use_sparsed": 1}, num_tokens), expected)
+    actual = generate(llm, prompts(), {**extras, "use_sparsed": 1}, case["max_tokens"])
+    compare(actual, EXPECTED[family](path, case))
 
 
 def test_keeping_every_block_is_dense(llada):
@@ -215,3 +222,34 @@ def test_a_table_that_outgrows_its_memory_is_refused(llada_path):
         generate(small, prompts(), extra)
     extra["sparsed_block_size"] = 128
     assert len(generate(small, prompts(), extra)) == len(LENGTHS)
+
+
+def test_the_published_scale_keeps_the_published_blocks(llada_path):
+    case = {"max_tokens": 32, "steps": 8, "sparsed_block_size": 16, "sparsed_select": 0.1}
+    scaled = start_engine(llada_path, additional_config={"sparsed": {"published_scale": 1}})
+    own = expected_llada(llada_path, case)
+    published = expected_llada(llada_path, {**case, "sparsed_published_scale": True})
+    assert any(not torch.equal(a.masks, b.masks) for a, b in zip(own, published, strict=True))
+    extras = {name: value for name, value in case.items() if name != "max_tokens"}
+    params = SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, extra_args={**extras, "use_sparsed": 1}
+    )
+    for prompt, run in zip(prompts(), published, strict=True):
+        if run.met_a_tie():
+            continue
+        scaled.llm_engine.add_request("0", {"prompt_token_ids": prompt}, params)
+        tables = []
+        while scaled.llm_engine.has_unfinished_requests():
+            finished = scaled.llm_engine.step()
+            tables += patterns_of(scaled).values()
+        assert list(finished[0].outputs[0].token_ids) == run.ids
+        assert torch.equal(mask_of(tables[-1]), run.masks)
+
+
+def mask_of(pattern):
+    """bool [num_layers, num_heads, num_blocks, num_blocks]: the key blocks that a table lists."""
+    kept, num_kept = (table.transpose(1, 2) for table in (pattern.kept, pattern.num_kept))
+    counts = torch.arange(kept.shape[-1]) < num_kept[..., None]
+    width = pattern.blocks.max_key_blocks
+    mask = torch.zeros(*kept.shape[:-1], width + 1, dtype=torch.bool)
+    return mask.scatter_(-1, kept.long().where(counts, width), True)[..., :width]

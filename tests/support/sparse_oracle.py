@@ -4,7 +4,8 @@
 
 Written after the authors' published code (github.com/INV-WZQ/SparseD; arXiv 2509.24014).
 The differences:
-  LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads);
+  LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads), unless
+    published_scale is set;
   scores are float64, and of equal scores the lower block wins;
   a selection of more blocks than there are takes all of them, where theirs raises.
 """
@@ -25,6 +26,7 @@ class Sparsity:
     select: float = 0.3
     block_size: int = 32
     total_steps: int | None = None  # T of the paper; None: the steps of the request
+    published_scale: bool = False  # divide scores by sqrt(num_heads)
 
     @property
     def recording_step(self) -> int:
@@ -113,6 +115,8 @@ def select_blocks(
     q, k [num_heads, L, head_dim], rotated, each key head repeated for its query heads
     """
     size, first_gen = sparsity.block_size, sparsity.first_generation_block(q.shape[1], gen_length)
+    if sparsity.published_scale:
+        q = q * math.sqrt(q.shape[2] / q.shape[0])
     scores = block_scores(q, k, size)  # [num_heads, num_blocks, num_blocks]
     gen_scores = block_scores(q, k[:, first_gen * size :], size)  # [.., num_blocks - first_gen]
     mask = best_blocks(scores, sparsity.num_kept(scores.shape[-1]))

@@ -189,6 +189,47 @@ def test_a_table_goes_with_its_request(llada):
     assert not patterns_of(llada)
 
 
+@pytest.mark.parametrize(("level", "steps_left"), [(0, 4), (1, 10), (2, 10)])
+def test_a_request_kept_through_sleep_starts_over_if_its_pages_are_gone(llada, level, steps_left):
+    # On the CPU memory stays where it is; what vLLM tells scheduler and workers is the same.
+    alone = fall_asleep_after(6, llada, level, mode="keep")
+    assert not llada.llm_engine.step()
+    before = list(patterns_of(llada).values())
+    llada.wake_up()
+    (output,) = [out for _ in range(steps_left) for out in llada.llm_engine.step()]
+    assert output.finished
+    assert list(output.outputs[0].token_ids) == alone
+    assert (list(patterns_of(llada).values()) == before) == (level == 0)
+    llada.llm_engine.step()
+    assert not patterns_of(llada)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_no_table_of_an_aborted_request_outlives_sleep(llada, level):
+    fall_asleep_after(6, llada, level, mode="abort")
+    llada.wake_up()
+    llada.llm_engine.step()
+    assert not patterns_of(llada)
+    assert not scheduler_of(llada).requests
+    llada.llm_engine.abort_request(["0"])  # the front end was not told
+
+
+def fall_asleep_after(count, llm, level, mode):
+    """Send a sparse request to sleep after some of its 10 steps; its tokens when undisturbed."""
+    prompt = [5] * 100
+    extra = {"use_sparsed": 1, "steps": 10, "sparsed_block_size": 16}
+    (alone,) = generate(llm, [prompt], extra)
+    params = SamplingParams(
+        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+    llm.llm_engine.add_request("0", {"prompt_token_ids": prompt}, params)
+    for _ in range(count):
+        llm.llm_engine.step()
+    assert len(patterns_of(llm)) == 1
+    llm.sleep(level=level, mode=mode)
+    return alone
+
+
 @pytest.mark.parametrize("name", ["sparsed", "SPARSED"])
 def test_the_backend_is_known_by_its_name(llada, llada_path, name):
     named = start_engine(llada_path, attention_backend=name)

@@ -9,6 +9,8 @@ from engines import start_engine
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 
+from sparsed_vllm.phases import Phase
+
 pytestmark = pytest.mark.engine
 
 
@@ -75,6 +77,7 @@ def assert_nothing_is_left(llm, free_pages):
     assert not len(scheduler.waiting)
     assert not len(scheduler.progress)
     assert not worker_state_of(llm).requests
+    assert not worker_state_of(llm).patterns
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free_pages
 
 
@@ -186,6 +189,49 @@ def test_preempted_requests_give_the_same_tokens(llada, free_pages, after):
     got = {out.request_id.split("-")[0]: list(out.outputs[0].token_ids) for out in finished}
     assert [got[str(i)] for i in range(3)] == undisturbed
     assert_nothing_is_left(llada, free_pages)
+
+
+def phased_requests(count, seed):
+    """Dense and sparse requests whose phases differ at every step."""
+    draw = random.Random(seed)
+    requests = []
+    for _ in range(count):
+        sparse = {"use_sparsed": 1, "sparsed_block_size": draw.choice((16, 32))}
+        sparse["sparsed_skip"] = draw.choice((0, 0.2, 0.6))
+        extra = {"steps": draw.choice((8, 12)), **draw.choice(({}, sparse, sparse))}
+        params = SamplingParams(
+            temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, extra_args=extra
+        )
+        requests.append(([draw.randrange(256) for _ in range(draw.choice((1, 129, 350)))], params))
+    return requests
+
+
+def test_a_cache_full_to_the_last_page_empties_whatever_befalls_its_requests(llada, llada_path):
+    requests = phased_requests(16, seed=13)
+    alone = [tokens(llada, [request])[0] for request in requests]
+    small = start_engine(llada_path, num_gpu_blocks_override=9)
+    scheduler, pool = scheduler_of(small), scheduler_of(small).kv_cache_manager.block_pool
+    free_pages = pool.get_num_free_blocks()
+    for i, request in enumerate(requests):
+        add(small, f"{i}", request)
+    draw, finished, aborted, phases_when_full = random.Random(17), [], set(), []
+    for step in range(1000):
+        if not small.llm_engine.has_unfinished_requests():
+            break
+        finished += run_steps(small, 1)
+        running = scheduler.running
+        if pool.get_num_free_blocks() == 0:
+            phases_when_full.append({scheduler.progress[request].phase for request in running})
+        if step % 7 == 3 and running:
+            aborted.add(draw.choice(running).request_id.split("-")[0])
+            small.llm_engine.abort_request(list(aborted))
+        if step % 11 == 5:
+            assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert set(Phase) in phases_when_full
+    got = {out.request_id.split("-")[0]: list(out.outputs[0].token_ids) for out in finished}
+    assert aborted and got.keys() | aborted == {str(i) for i in range(len(requests))}
+    assert all(ids == alone[int(i)] for i, ids in got.items() if i not in aborted)
+    assert_nothing_is_left(small, free_pages)
 
 
 @pytest.fixture(scope="module")

@@ -131,28 +131,27 @@ class Denoising:
 
         Returns int64 [width] and, on the device, how many of them count.
         """
-        whole = not self.params.early_stop
-        width = self.params.num_tokens if whole else self.params.block_length
-        if not self._may_finish_block(whole):
+        if not self._may_finish_block():
             return self.canvas.tokens[:0], torch.zeros_like(self.num_taken)
-        num_final = self.canvas.num_final()
-        if self.is_over:
-            # Logits that are not numbers can leave a place unfilled; the request ends all the same.
-            num_final = torch.full_like(num_final, self.canvas.num_tokens)
-        elif whole:
-            num_final = torch.where(num_final == self.canvas.num_tokens, num_final, self.num_taken)
         # A request that starts over does not hand out twice what it handed out before.
-        num_final = torch.maximum(num_final, self.num_taken)
+        num_final = torch.maximum(self._num_final(), self.num_taken)
+        width = self.params.block_length if self.params.early_stop else self.params.num_tokens
         places = self.num_taken + torch.arange(width, device=num_final.device)
         taken = self.canvas.tokens[places.clamp(max=self.canvas.num_tokens - 1)]
         count = num_final - self.num_taken
         self.num_taken = num_final
         return taken, count
 
-    def _may_finish_block(self, whole: bool) -> bool:
-        """Whether the step just run can have finished a block (or, if `whole`, the canvas)."""
+    def _may_finish_block(self) -> bool:
+        """Whether the step just run can have finished a block (without early stop: the canvas)."""
         if self.params.threshold is not None:
             return True
-        if whole:
-            return self.step == self.schedule.num_steps
-        return self.step in self.schedule.first_steps
+        return self.is_over or (self.params.early_stop and self.step in self.schedule.first_steps)
+
+    def _num_final(self) -> Tensor:
+        """How many places may have been handed out after the step just run; int64 []."""
+        num_final, whole = self.canvas.num_final(), self.canvas.num_tokens
+        if self.is_over:
+            # Logits that are not numbers can leave a place unfilled; the request ends all the same.
+            return torch.full_like(num_final, whole)
+        return num_final if self.params.early_stop else num_final // whole * whole

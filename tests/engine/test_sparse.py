@@ -34,15 +34,16 @@ def prompts():
     return [[draw.randrange(256) for _ in range(length)] for length in LENGTHS]
 
 
+def sampling(extra, max_tokens=32):
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+
+
 def generate(llm, batch, extras, max_tokens=32):
     """[len(batch)] the token ids of each request; extras: its parameters, one for all or each."""
     extras = [extras] * len(batch) if isinstance(extras, dict) else extras
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=x
-        )
-        for x in extras
-    ]
+    params = [sampling(extra, max_tokens) for extra in extras]
     requests = [{"prompt_token_ids": prompt} for prompt in batch]
     outputs = llm.generate(requests, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -75,39 +76,22 @@ def patterns_of(llm):
     return executor.driver_worker.worker.model_runner.model_state.patterns
 
 
-def expected_llada(path, case):
-    network = oracle.load_llada(path)
+ORACLES = {
+    "llada": (oracle.load_llada, sparse_llada_generate, "gen_length", LLADA_MASK_ID),
+    "dream": (oracle.load_dream, sparse_dream_generate, "max_new_tokens", DREAM_MASK_ID),
+}
+
+
+def expected(family, path, case):
+    """The oracle's runs of all prompts."""
+    load, generate, length_name, mask_id = ORACLES[family]
     num_tokens, rest, sparsity = split(case)
-    return [
-        sparse_llada_generate(
-            network,
-            prompt,
-            sparsity=sparsity,
-            gen_length=num_tokens,
-            mask_id=LLADA_MASK_ID,
-            **{"block_length": num_tokens, **rest},
-        )
-        for prompt in prompts()
-    ]
+    if family == "llada":
+        rest = {"block_length": num_tokens, **rest}
+    network, given = load(path), {length_name: num_tokens, "mask_id": mask_id, **rest}
+    return [generate(network, prompt, sparsity=sparsity, **given) for prompt in prompts()]
 
 
-def expected_dream(path, case):
-    network = oracle.load_dream(path)
-    num_tokens, rest, sparsity = split(case)
-    return [
-        sparse_dream_generate(
-            network,
-            prompt,
-            sparsity=sparsity,
-            max_new_tokens=num_tokens,
-            mask_id=DREAM_MASK_ID,
-            **rest,
-        )
-        for prompt in prompts()
-    ]
-
-
-EXPECTED = {"llada": expected_llada, "dream": expected_dream}
 CASES = [("llada", case) for case in LLADA_CASES] + [("dream", case) for case in DREAM_CASES]
 
 
@@ -116,7 +100,7 @@ def test_requests_follow_their_pattern_as_published(request, family, case):
     llm, path = (request.getfixturevalue(name) for name in (family, f"{family}_path"))
     extras = {key: value for key, value in case.items() if key != "max_tokens"}
     actual = generate(llm, prompts(), {**extras, "use_sparsed": 1}, case["max_tokens"])
-    compare(actual, EXPECTED[family](path, case))
+    compare(actual, expected(family, path, case))
 
 
 def test_keeping_every_block_is_dense(llada):
@@ -126,8 +110,7 @@ def test_keeping_every_block_is_dense(llada):
 
 
 def test_short_requests_stay_dense_unless_they_ask(llada):
-    generate_one = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    llada.llm_engine.add_request("1", {"prompt_token_ids": [1] * 50}, generate_one)
+    llada.llm_engine.add_request("1", {"prompt_token_ids": [1] * 50}, sampling({}, 8))
     while llada.llm_engine.has_unfinished_requests():
         llada.llm_engine.step()
         assert not patterns_of(llada)
@@ -158,11 +141,8 @@ def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, after):
     extra = {"steps": 16, "block_length": 8, "use_sparsed": 1, "sparsed_block_size": 32}
     undisturbed = generate(llada, prompts(), extra)
     engine = llada.llm_engine
-    params = SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, extra_args=extra
-    )
     for i, prompt in enumerate(prompts()):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling(extra))
     finished = [out for _ in range(after) for out in engine.step() if out.finished]
     assert scheduler_of(llada).reset_prefix_cache(reset_running_requests=True)
     while engine.has_unfinished_requests():
@@ -174,9 +154,8 @@ def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, after):
 def test_a_table_goes_with_its_request(llada):
     engine = llada.llm_engine
     extra = {"use_sparsed": 1, "sparsed_skip": 0}
-    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=extra)
     for i in range(4):
-        engine.add_request(str(i), {"prompt_token_ids": [i] * 20}, params)
+        engine.add_request(str(i), {"prompt_token_ids": [i] * 20}, sampling(extra, 16))
     for _ in range(3):
         engine.step()
     assert len(patterns_of(llada)) == 4
@@ -219,10 +198,7 @@ def fall_asleep_after(count, llm, level, mode):
     prompt = [5] * 100
     extra = {"use_sparsed": 1, "steps": 10, "sparsed_block_size": 16}
     (alone,) = generate(llm, [prompt], extra)
-    params = SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, extra_args=extra
-    )
-    llm.llm_engine.add_request("0", {"prompt_token_ids": prompt}, params)
+    llm.llm_engine.add_request("0", {"prompt_token_ids": prompt}, sampling(extra))
     for _ in range(count):
         llm.llm_engine.step()
     assert len(patterns_of(llm)) == 1
@@ -268,13 +244,11 @@ def test_a_table_that_outgrows_its_memory_is_refused(llada_path):
 def test_the_published_scale_keeps_the_published_blocks(llada_path):
     case = {"max_tokens": 32, "steps": 8, "sparsed_block_size": 16, "sparsed_select": 0.1}
     scaled = start_engine(llada_path, additional_config={"sparsed": {"published_scale": 1}})
-    own = expected_llada(llada_path, case)
-    published = expected_llada(llada_path, {**case, "sparsed_published_scale": True})
+    own = expected("llada", llada_path, case)
+    published = expected("llada", llada_path, {**case, "sparsed_published_scale": True})
     assert any(not torch.equal(a.masks, b.masks) for a, b in zip(own, published, strict=True))
     extras = {name: value for name, value in case.items() if name != "max_tokens"}
-    params = SamplingParams(
-        temperature=0, max_tokens=32, ignore_eos=True, extra_args={**extras, "use_sparsed": 1}
-    )
+    params = sampling({**extras, "use_sparsed": 1})
     for prompt, run in zip(prompts(), published, strict=True):
         if run.met_a_tie():
             continue

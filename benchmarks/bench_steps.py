@@ -7,7 +7,8 @@
 Weights are vLLM's dummies, so what attention keeps is close to random; how much it keeps is
 `select`. Dense and sparse steps of one request lie in one run: T steps, of which the first
 int(T * 0.2) + 1 are dense, one records, the rest are sparse. A short request runs first, uncounted,
-to compile. One JSON line for each length and phase.
+to compile. One JSON line for each length and phase. On a CPU take --layers 1: what matters there is
+how the phases compare, and all layers cost the same.
 """
 
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -42,9 +44,9 @@ NEW_TOKENS, STEPS, SKIP, SELECT = 128, 12, 0.2, 0.3
 WARM_UP_TOKENS = 4096
 
 
-def start(model: str, longest: int) -> LLM:
+def start(model: str, num_layers: int | None, longest: int) -> LLM:
     write, shape = MODELS[model]
-    shape = Shape(**{**shape.__dict__, "max_length": longest})
+    shape = replace(shape, max_length=longest, n_layers=num_layers or shape.n_layers)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(write(shape, False)))
         return LLM(
@@ -55,6 +57,7 @@ def start(model: str, longest: int) -> LLM:
             max_model_len=longest,
             max_num_batched_tokens=longest,
             max_num_seqs=4,
+            gpu_memory_utilization=0.92 if torch.cuda.is_available() else 0.5,
             async_scheduling=False,
             enforce_eager=True,
         )
@@ -74,13 +77,24 @@ def time_steps(llm: LLM, length: int, block_size: int) -> dict[str, list[float]]
     llm.llm_engine.add_request("0", prompt, params)
     seconds = defaultdict(list)
     for step in range(STEPS):
-        torch.cuda.synchronize()
+        wait()
         begin = time.perf_counter()
         llm.llm_engine.step()
-        torch.cuda.synchronize()
+        wait()
         seconds[phase_of(step, STEPS, SKIP).value].append(time.perf_counter() - begin)
     assert not llm.llm_engine.has_unfinished_requests()
     return seconds
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {len(os.sched_getaffinity(0))} cores"
 
 
 def report(model: str, length: int, block_size: int, seconds: dict[str, list[float]]) -> None:
@@ -88,7 +102,7 @@ def report(model: str, length: int, block_size: int, seconds: dict[str, list[flo
         line = {
             "bench": "steps",
             "model": model,
-            "device": torch.cuda.get_device_name(),
+            "device": device_name(),
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "triton": triton.__version__,
@@ -102,7 +116,7 @@ def report(model: str, length: int, block_size: int, seconds: dict[str, list[flo
             "seconds": statistics.median(times),
             "spread": max(times) - min(times),
             "count": len(times),
-            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
         print(json.dumps(line), flush=True)
 
@@ -112,9 +126,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llada")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     args = parser.parse_args()
-    llm = start(args.model, max(args.lengths))
-    time_steps(llm, WARM_UP_TOKENS, args.block_size)  # compiles every kernel
+    llm = start(args.model, args.layers, max(args.lengths))
+    time_steps(llm, min(WARM_UP_TOKENS, *args.lengths), args.block_size)  # compiles every kernel
     for length in sorted(args.lengths):
         report(args.model, length, args.block_size, time_steps(llm, length, args.block_size))
 

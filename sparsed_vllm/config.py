@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sparsed_vllm.crossover import UNMEASURED
 from sparsed_vllm.params import BadRequest, Field, flag, integer, number
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -19,7 +20,8 @@ class SparseConfig:
     skip: share of the steps that run in full before the pattern is recorded
     select: share of the key blocks that later steps attend to
     block_size: tokens of a block, of queries and of keys
-    min_length: tokens of prompt and canvas from which a request that does not say runs sparse
+    min_length: tokens of prompt and canvas from which a request that does not say runs sparse;
+        where it is not given, models/hook.py fills in the device's crossover
     table_ids: key-block ids that a table may hold for each token, layer and head: what vLLM's
         memory profiling sets aside, and what a request with small blocks must fit
     published_scale: score blocks with 1/sqrt(num_heads), as the authors' LLaDA code does by a
@@ -29,7 +31,7 @@ class SparseConfig:
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
-    min_length: int = 8192
+    min_length: int = UNMEASURED
     table_ids: int = 8
     published_scale: bool = False
 

@@ -35,8 +35,14 @@ SOURCES = {
 }
 """Dotted name of each of our modules (a package's ends in __init__) -> its file."""
 
-PURE = {f"sparsed_vllm.{name}" for name in ("params", "phases", "families", "config")}
-FREE_OF_VLLM = {f"sparsed_vllm.{name}" for name in ("unmasking", "canvas", "denoising", "pattern")}
+PURE = {
+    f"sparsed_vllm.{name}"
+    for name in ("params", "phases", "families", "config", "crossover", "tally")
+}
+FREE_OF_VLLM = {
+    f"sparsed_vllm.{name}"
+    for name in ("unmasking", "canvas", "denoising", "pattern", "recorded_tables")
+}
 
 
 def imports_of(module: str) -> set[str]:

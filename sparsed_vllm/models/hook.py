@@ -6,9 +6,11 @@ from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from sparsed_vllm.admission import sparse_config_of
 from sparsed_vllm.compat import missing_seams
+from sparsed_vllm.crossover import crossover_on
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -38,6 +40,23 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
         _default_to_temperature_zero(vllm_config.model_config)
         if sparse_config_of(vllm_config) is None:
             logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
+        else:
+            _settle_min_length(vllm_config)
+
+
+def _settle_min_length(vllm_config: VllmConfig) -> None:
+    """Write the length from which requests run sparse into the settings, unless it is there.
+
+    Once, here: all processes of the engine read it, and some may see another device or none.
+    """
+    given = vllm_config.additional_config
+    settings = given.get("sparsed", {}) if isinstance(given, dict) else {}
+    length, reason = crossover_on(current_platform.get_device_name())
+    if "min_length" in settings:
+        length, reason = settings["min_length"], "as sparsed.min_length says"
+    elif isinstance(given, dict):
+        vllm_config.additional_config = {**given, "sparsed": {**settings, "min_length": length}}
+    logger.info("Requests of %d tokens or more run sparse, if they do not say: %s.", length, reason)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -3,6 +3,7 @@
 """Reading the authors' config.json, and what vLLM is told to do differently."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from checkpoints import write_dream, write_llada
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 import sparsed_vllm
+from sparsed_vllm.admission import sparse_config_of
+from sparsed_vllm.config import SparseConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,6 +90,18 @@ def test_temperature_defaults_to_zero_unless_the_checkpoint_has_its_own(tmp_path
     write_llada(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     assert vllm_config(tmp_path).model_config.get_diff_sampling_param()["temperature"] == default
+
+
+@pytest.mark.parametrize(
+    ("given", "length"), [({}, 4242), ({"skip": 0.1}, 4242), ({"min_length": 7}, 7)], ids=str
+)
+def test_requests_run_sparse_from_the_device_s_crossover_unless_the_user_says(
+    tmp_path, monkeypatch, given, length
+):
+    monkeypatch.setattr("sparsed_vllm.models.hook.crossover_on", lambda _: (4242, "measured"))
+    config = vllm_config(write_llada(tmp_path), additional_config={"sparsed": given, "other": 1})
+    assert sparse_config_of(config) == replace(SparseConfig(), **{**given, "min_length": length})
+    assert config.additional_config["other"] == 1
 
 
 def test_a_user_s_own_default_is_kept(tmp_path):

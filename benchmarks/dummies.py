@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Engines with the shapes of the real checkpoints and vLLM's dummy weights.
+
+What attention keeps is then close to random; how much it keeps is `select`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the steps are timed one by one
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is printed are results
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import torch
+import triton
+import vllm
+from checkpoints import Shape, dream_config, llada_config
+from vllm import LLM, SamplingParams
+
+MODELS = {
+    "llada": (llada_config, Shape(126464, 32, 32, 32, 4096, 12288)),
+    "dream": (dream_config, Shape(152064, 28, 28, 4, 3584, 18944)),
+}
+SKIP, SELECT = 0.2, 0.3
+
+
+def start(model: str, num_layers: int | None, longest: int, batch: int = 1, **kwargs: Any) -> LLM:
+    """An engine in this process for `batch` requests of `longest` tokens at once."""
+    write, shape = MODELS[model]
+    shape = replace(shape, max_length=longest, n_layers=num_layers or shape.n_layers)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(write(shape, False)))
+        defaults = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": longest,
+            "max_num_batched_tokens": longest * batch,
+            "max_num_seqs": max(4, batch),
+            "gpu_memory_utilization": 0.92 if torch.cuda.is_available() else 0.5,
+            "async_scheduling": False,
+            "enforce_eager": True,
+        }
+        return LLM(folder, **{**defaults, **kwargs})
+
+
+def request(
+    length: int, new_tokens: int, steps: int, *, sparse: bool, block_size: int = 128
+) -> tuple[dict[str, list[int]], SamplingParams]:
+    """A prompt that fills `length` together with its canvas, and how it is denoised."""
+    extra: dict[str, Any] = {"steps": steps, "use_sparsed": int(sparse)}
+    if sparse:
+        extra |= {
+            "sparsed_skip": SKIP,
+            "sparsed_select": SELECT,
+            "sparsed_block_size": block_size,
+        }
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+    return {"prompt_token_ids": [i % 250 for i in range(length - new_tokens)]}, params
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {len(os.sched_getaffinity(0))} cores"
+
+
+def peak_bytes() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def versions() -> dict[str, str]:
+    """What every line says of where it was measured."""
+    return {
+        "device": device_name(),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }

@@ -26,6 +26,7 @@ SERVED_FIELDS = frozenset(
         "top_k",
         "seed",
         "max_tokens",
+        "min_tokens",
         "extra_args",
         # what vLLM does with the tokens it is handed
         "n",
@@ -79,12 +80,28 @@ class RequestReader:
             ignore_eos=params.ignore_eos,
             extra_args=extra_args,
             also_known=REQUEST_FIELDS,
+            min_tokens=params.min_tokens,
+            stop_tokens=self._stop_tokens(params),
         )
         length = num_prompt_tokens + params.max_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
         if sparsity is not None:
             self._check_table(sparsity, length)
         return denoising, sparsity
+
+    def _stop_tokens(self, params: SamplingParams) -> list[int]:
+        """EOS and the request's own, as far as the model knows them; not all that it knows."""
+        vocab_size = self.model_config.get_vocab_size()
+        stops = [token for token in params.all_stop_token_ids if 0 <= token < vocab_size]
+        mask = self.model_config.hf_config.mask_token_id
+        if params.min_tokens and len({*stops, mask}) >= vocab_size:
+            raise BadRequest(
+                "stop_token_ids",
+                f"{len(stops)} tokens",
+                "less than the whole vocabulary when min_tokens is set",
+                "Leave a token that the text may begin with.",
+            )
+        return stops
 
     def _check_table(self, sparsity: Sparsity, length: int) -> None:
         """A request's table must fit the memory that was set aside for its tokens."""

@@ -3,6 +3,7 @@
 """One request's denoising, from its first step to its last, whatever runs the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from sparsed_vllm.config import Sparsity
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Phase, Schedule, phase_of, resume_step
 from sparsed_vllm.unmasking import (
+    Forbidden,
     choose_places,
     choose_tokens,
     draw_places,
@@ -51,7 +53,10 @@ class Denoising:
     ) -> None:
         self.params = params
         self.sparsity = sparsity
-        self.mask_token_id = mask_token_id
+        self._forbidden = Forbidden(
+            mask_token_id,
+            torch.tensor(params.stop_tokens, dtype=torch.int64, device=generator.device),
+        )
         self.schedule = Schedule.of(params)
         self.step = resume_step(self.schedule, num_final, sparsity is not None)
         num_filled = num_final if self.step else 0
@@ -111,10 +116,15 @@ class Denoising:
         if len(places):
             self._generator.manual_seed((self._seed + self.step * _GOLDEN_RATIO) & _LARGEST_SEED)
             tokens, confidence = choose_tokens(
-                logits, self.params, self.mask_token_id, self._generator
+                logits, self.params, self._forbidden_at(places), self._generator
             )
             self.canvas.fill(places, tokens, self._choose(places >= 0, confidence))
         self.step += 1
+
+    def _forbidden_at(self, places: Tensor) -> Forbidden:
+        if not self.params.stop_tokens:
+            return self._forbidden
+        return replace(self._forbidden, early=places < self.params.min_tokens)
 
     def _choose(self, is_open: Tensor, confidence: Tensor) -> Tensor:
         """Which of the open places this step fills; bool like `is_open`."""

@@ -26,6 +26,7 @@ class DenoisingParams:
     alg_temp: Dream's randomness in the choice of places (0: none)
     eps: Dream's last timestep
     early_stop: give out blocks as they finish, so that EOS ends the request
+    min_tokens: places, from the first, that take none of `stop_tokens`
     """
 
     num_tokens: int
@@ -39,6 +40,8 @@ class DenoisingParams:
     alg_temp: float = 0.0
     eps: float = 1e-3
     early_stop: bool = True
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
 
 
 class BadRequest(ValueError):
@@ -173,15 +176,22 @@ def parse_params(
     ignore_eos: bool,
     extra_args: Mapping[str, Any],
     also_known: Collection[str] = (),
+    min_tokens: int = 0,
+    stop_tokens: Collection[int] = (),
 ) -> DenoisingParams:
     """The denoising that a request asks for.
 
-    temperature, top_p, top_k, ignore_eos: vLLM's sampling parameters
+    temperature, top_p, top_k, ignore_eos, min_tokens: vLLM's sampling parameters
+    stop_tokens: EOS and the request's own, whether or not EOS is ignored
     extra_args: the parameters of `request_fields`, as the client sent them
     also_known: parameters in `extra_args` that are not for us
     Raises BadRequest naming the first field that cannot be served.
     """
     given = _parse_fields(family, max_tokens, extra_args, also_known)
+    if min_tokens > max_tokens:
+        raise BadRequest(
+            "min_tokens", min_tokens, f"at most {max_tokens} (max_tokens)", "Lower it."
+        )
     _check_sampling(family, temperature, top_p, top_k)
     block_length = given.get("block_length", max_tokens)
     steps = given.get("steps", max_tokens)
@@ -209,6 +219,8 @@ def parse_params(
         alg_temp=given.get("alg_temp", 0.0),
         eps=given.get("eps", 1e-3),
         early_stop=given.get("early_stop", True),
+        min_tokens=min_tokens,
+        stop_tokens=tuple(sorted(stop_tokens)) if min_tokens else (),
     )
 
 

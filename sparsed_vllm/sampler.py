@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.unmasking import choose_tokens, rows_at_once
+from sparsed_vllm.unmasking import Forbidden, choose_tokens, rows_at_once
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -68,7 +68,8 @@ class DenoisingSampler:
         tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
         some = largest[: rows_at_once(logits.shape[-1])]
-        choose_tokens(some, COSTLIEST, self.state.mask_token_id, self.state.generator)
+        forbidden = Forbidden(self.state.mask_token_id)
+        choose_tokens(some, COSTLIEST, forbidden, self.state.generator)
         del tables
 
     def _advance(self, turn: Turn | None, rows: Tensor) -> tuple[Tensor, Tensor]:

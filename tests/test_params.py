@@ -20,6 +20,8 @@ def parse(family=LLADA, *, max_tokens=32, temperature=0.0, top_p=1.0, top_k=0, *
         top_p=top_p,
         top_k=top_k,
         ignore_eos=rest.pop("ignore_eos", False),
+        min_tokens=rest.pop("min_tokens", 0),
+        stop_tokens=rest.pop("stop_tokens", ()),
         extra_args=rest,
     )
 
@@ -111,6 +113,12 @@ def test_llada_does_not_truncate(sampling):
 @pytest.mark.parametrize("temperature", [-1, 101, math.nan, math.inf])
 def test_a_temperature_out_of_range_is_refused(temperature):
     assert refusal(temperature=temperature).field == "temperature"
+
+
+def test_min_tokens_is_at_most_max_tokens():
+    assert refusal(min_tokens=33).field == "min_tokens"
+    assert parse(min_tokens=32, stop_tokens={5, 3}).stop_tokens == (3, 5)
+    assert parse(stop_tokens={5, 3}).stop_tokens == ()
 
 
 def test_early_stop_contradicts_ignore_eos():

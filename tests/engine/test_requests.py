@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Requests that cannot be served: told so by name, and nobody else notices."""
 
+import oracle
 import pytest
-from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
+from checkpoints import DREAM_MASK_ID, LLADA_EOS_ID, LLADA_MASK_ID
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -34,7 +35,6 @@ def refusal(llm, prompt=PROMPT, **sampling):
         {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.2},
         {"min_p": 0.1, "temperature": 1.0},
-        {"min_tokens": 2},
         {"logprobs": 1},
         {"prompt_logprobs": 1},
         {"logprob_token_ids": [1]},
@@ -134,6 +134,41 @@ def test_text_ends_at_eos_and_at_stop_tokens(llada):
     stop = whole[11]
     cut = ask(llada, max_tokens=24, stop_token_ids=[stop], extra_args={"block_length": 8})
     assert list(cut) == list(whole[: list(whole).index(stop) + 1])
+
+
+@pytest.mark.parametrize("extra", [{"block_length": 8, "steps": 12}, {"threshold": 0.05}], ids=str)
+def test_no_stop_token_stands_at_the_first_min_tokens_places(llada, llada_path, extra):
+    whole = ask(llada, ignore_eos=True, max_tokens=24, extra_args=extra)
+    stops = sorted({whole[0], whole[3], whole[12]})
+    asked = {"max_tokens": 24, "stop_token_ids": stops, "extra_args": extra}
+    assert len(ask(llada, **asked)) == 1
+    got = list(ask(llada, min_tokens=10, **asked))
+    assert not {*got[:10]} & {*stops, LLADA_EOS_ID}
+    expected = oracle.llada_generate(
+        oracle.load_llada(llada_path),
+        PROMPT["prompt_token_ids"],
+        **{"steps": 24, "block_length": 24, **extra},
+        gen_length=24,
+        mask_id=LLADA_MASK_ID,
+        min_tokens=10,
+        stop_ids=[*stops, LLADA_EOS_ID],
+    )
+    assert expected.met_a_tie() or got == expected.ids[: len(got)]
+    assert len(got) == 24 or got[-1] in {*stops, LLADA_EOS_ID}
+
+
+def test_min_tokens_holds_for_drawn_tokens(dream):
+    stops = list(range(1, 256, 2))
+    for seed in range(4):
+        sampling = {"temperature": 1.0, "seed": seed, "stop_token_ids": stops, "min_tokens": 20}
+        tokens = ask(dream, max_tokens=24, **sampling)
+        assert not {*tokens[:20]} & {*stops}
+        assert len(tokens) >= 20
+
+
+def test_min_tokens_needs_a_token_that_does_not_stop(llada):
+    message = refusal(llada, min_tokens=1, stop_token_ids=list(range(320)))
+    assert message.startswith("stop_token_ids must be less than")
 
 
 def test_chat_renders_the_checkpoint_s_template(llada, dream):

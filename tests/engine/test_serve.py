@@ -115,6 +115,103 @@ def test_chat_streams_blocks_as_they_become_final(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
 
 
+BLOCKS = {"return_token_ids": True, "vllm_xargs": {"block_length": 8}}
+HI = [{"role": "user", "content": "hi"}]
+
+
+def whole_answer(create, **body):
+    """(text, token ids, finish reason, usage) of a request that does not stream."""
+    answer = create(model="tiny", **body)
+    (choice,) = answer.choices
+    text = choice.message.content if hasattr(choice, "message") else choice.text
+    return text, choice.token_ids, choice.finish_reason, answer.usage.model_dump()
+
+
+def streamed_answer(create, **body):
+    """The same of a request that streams."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = create(model="tiny", **options, **body)
+    text, token_ids, finish_reason = "", [], None
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert finish_reason is None, "nothing comes after the last chunk"
+        text += (choice.delta.content or "") if hasattr(choice, "delta") else choice.text
+        token_ids += getattr(choice, "token_ids", None) or []
+        finish_reason = choice.finish_reason
+    return text, token_ids, finish_reason, last.usage.model_dump()
+
+
+def asked_twice(create, **body):
+    """An answer, the same whether it streams or not."""
+    whole = whole_answer(create, **body)
+    assert streamed_answer(create, **body) == whole
+    text, token_ids, finish_reason, usage = whole
+    assert usage["completion_tokens"] == len(token_ids)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + len(token_ids)
+    return text, token_ids, finish_reason
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
+    create, prompt = client.completions.create, {"prompt": "hello"}
+    if endpoint == "chat":
+        create, prompt = client.chat.completions.create, {"messages": HI}
+    body = {**prompt, "max_tokens": 24}
+    endless = {**BLOCKS, "ignore_eos": True}
+    text, token_ids, reason = asked_twice(create, **body, extra_body=endless)
+    assert (len(token_ids), reason) == (24, "length")
+    stop = next(char for char in text[3:] if char.isascii() and char.isprintable())
+    cut, kept, reason = asked_twice(create, **body, stop=[stop], extra_body=endless)
+    assert (cut, reason) == (text.split(stop)[0], "stop")
+    assert kept == token_ids[: len(kept)]
+    shown, _, _ = asked_twice(
+        create, **body, stop=[stop], extra_body={**endless, "include_stop_str_in_output": True}
+    )
+    assert shown == cut + stop
+    ended = {**BLOCKS, "stop_token_ids": [token_ids[11]]}
+    _, kept, reason = asked_twice(create, **body, extra_body=ended)
+    assert (kept, reason) == (token_ids[: token_ids.index(token_ids[11]) + 1], "stop")
+    longer = {**ended, "min_tokens": 20}
+    _, kept, _ = asked_twice(create, **body, extra_body=longer)
+    assert len(kept) >= 20
+    assert token_ids[11] not in kept[:20]
+
+
+def test_a_seed_repeats_an_answer_and_samples_have_seeds_of_their_own(client):
+    def sample(**rest):
+        body = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0, **rest}
+        answer = client.completions.create(model="tiny", **body, extra_body=BLOCKS)
+        ids = [choice.token_ids for choice in answer.choices]
+        assert answer.usage.completion_tokens == sum(map(len, ids))
+        return ids
+
+    three = sample(n=3, seed=5)
+    assert len({*map(tuple, three)}) == 3
+    assert sample(n=3, seed=5) == three
+    assert sample(seed=5) == three[:1]
+
+
+def test_samples_stream_side_by_side(client):
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 16, "temperature": 1.0}
+    body |= {"n": 2, "seed": 3, "extra_body": {**BLOCKS, "ignore_eos": True}}
+    expected = [choice.token_ids for choice in client.completions.create(**body).choices]
+    got = [[], []]
+    for chunk in client.completions.create(**body, stream=True):
+        got[chunk.choices[0].index] += chunk.choices[0].token_ids
+    assert got == expected
+
+
+def test_the_prompt_is_echoed_in_front_of_the_answer(client):
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
+    extra = {"ignore_eos": True}
+    plain = client.completions.create(**body, extra_body=extra).choices[0].text
+    echoed = client.completions.create(**body, echo=True, extra_body=extra)
+    assert echoed.choices[0].text == "hello" + plain
+    assert echoed.usage.completion_tokens == 8
+    chunks = client.completions.create(**body, echo=True, stream=True, extra_body=extra)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "hello" + plain
+
+
 @pytest.mark.parametrize(
     ("request_body", "field"),
     [

@@ -182,12 +182,15 @@ def llada_generate(
     mask_id: int,
     threshold: float | None = None,
     forbid_mask: bool = True,
+    min_tokens: int = 0,
+    stop_ids: Sequence[int] = (),
 ) -> Run:
     """LLaDA's generate() with remasking="low_confidence" and temperature 0.
 
     With a threshold, Fast-dLLM's generate(): the steps of a block end when it is full.
+    The first min_tokens places take none of stop_ids.
     """
-    canvas = Canvas(prompt, gen_length, mask_id, forbid_mask)
+    canvas = Canvas(prompt, gen_length, mask_id, forbid_mask, min_tokens, stop_ids)
     for start, end, block_steps in plan_blocks(len(prompt), gen_length, block_length, steps):
         if threshold is not None:
             fill_over_threshold(canvas, logits_fn, start, end, threshold)
@@ -295,11 +298,20 @@ class Guess:
 class Canvas:
     """Prompt and generation, with a record of what is still masked."""
 
-    def __init__(self, prompt: Sequence[int], gen_length: int, mask_id: int, forbid_mask: bool):
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        gen_length: int,
+        mask_id: int,
+        forbid_mask: bool,
+        min_tokens: int = 0,
+        stop_ids: Sequence[int] = (),
+    ):
         self.ids = torch.tensor([[*prompt, *[mask_id] * gen_length]])  # [1, L]
         self.masked = torch.arange(self.ids.shape[1]) >= len(prompt)  # [L]
         self.num_prompt, self.mask_id, self.forbid_mask = len(prompt), mask_id, forbid_mask
         self.forwards, self.closest = 0, math.inf
+        self.first_end, self.stop_ids = len(prompt) + min_tokens, list(stop_ids)
         if not forbid_mask:
             self.masked = self.ids[0] == mask_id
 
@@ -314,6 +326,8 @@ class Canvas:
         probs = allowed.softmax(dim=-1)  # over all tokens, the mask token included
         if self.forbid_mask:
             allowed[:, self.mask_id] = -math.inf
+        for place in (places < self.first_end).nonzero()[:, 0]:
+            allowed[place, self.stop_ids] = -math.inf
         best, runner_up = allowed.topk(2).values.unbind(dim=-1)
         tokens = allowed.argmax(dim=-1)
         return Guess(places, tokens, confidence_of(probs, tokens, alg), best - runner_up)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -27,6 +28,7 @@ SERVED_FIELDS = frozenset(
         "seed",
         "max_tokens",
         "min_tokens",
+        "logprobs",
         "extra_args",
         # what vLLM does with the tokens it is handed
         "n",
@@ -51,7 +53,8 @@ SERVED_FIELDS = frozenset(
 """Sampling parameters that are honoured. All others must keep vLLM's default."""
 
 _REMEDIES = {
-    "logprobs": "Leave it out, and do without beam search, which asks for it.",
+    "prompt_logprobs": "Places are filled from both sides: a prompt has no probability token by "
+    "token. Leave it out, or leave out echo, which asks for it beside logprobs.",
     "structured_outputs": "A grammar is followed left to right, places are not filled so. "
     "Leave out response_format and structured_outputs.",
 }
@@ -82,6 +85,7 @@ class RequestReader:
             also_known=REQUEST_FIELDS,
             min_tokens=params.min_tokens,
             stop_tokens=self._stop_tokens(params),
+            logprobs=params.logprobs,
         )
         length = num_prompt_tokens + params.max_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
@@ -133,13 +137,16 @@ class RequestRefused(VLLMValidationError, ValueError):
         VLLMValidationError.__init__(self, str(error), parameter=error.field, value=error.value)
 
 
-def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+def check_request(
+    vllm_config: VllmConfig, request: EngineCoreRequest, asked: SamplingParams | PoolingParams
+) -> None:
     """Refuse a request that cannot be served as it asks.
 
+    asked: its parameters before vLLM filled in what they leave open
     Raises RequestRefused, which names field, value, range and remedy.
     """
     try:
-        _check_kind(request)
+        _check_kind(request, asked)
         assert request.sampling_params is not None
         _check_served(request.sampling_params)
         prompt = request.prompt_token_ids or []
@@ -150,13 +157,25 @@ def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         raise RequestRefused(error) from error
 
 
-def _check_kind(request: EngineCoreRequest) -> None:
-    if request.sampling_params is None:
+def _check_kind(request: EngineCoreRequest, asked: SamplingParams | PoolingParams) -> None:
+    if not isinstance(asked, SamplingParams):
         raise BadRequest("pooling_params", "set", "absent", "These models generate text only.")
+    if _is_beam(asked):
+        allowed = "absent: a beam grows left to right, places are not filled so"
+        raise BadRequest("beam search", "a beam", allowed, "Use n and a temperature for samples.")
     if request.resumable:
         raise BadRequest("resumable", True, "False", "Send each input as a request of its own.")
     if request.prompt_embeds is not None:
         raise BadRequest("prompt_embeds", "set", "absent", "Send token ids or text.")
+
+
+def _is_beam(params: SamplingParams) -> bool:
+    """Whether vLLM's beam search made the request, one for each token of each beam.
+
+    Nothing says so, but this is what they hold, and nobody else is likely to ask for it.
+    """
+    lone = params.max_tokens == 1 and not params.detokenize and params.watermarking is False
+    return lone and (params.logprobs or 0) > 1
 
 
 def _check_served(params: SamplingParams) -> None:

@@ -3,13 +3,14 @@
 """One request's denoising, from its first step to its last, whatever runs the model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsed_vllm.canvas import Canvas
 from sparsed_vllm.config import Sparsity
+from sparsed_vllm.logprobs import LogprobRecord, TokenScores
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Phase, Schedule, phase_of, resume_step
 from sparsed_vllm.unmasking import (
@@ -23,6 +24,19 @@ from sparsed_vllm.unmasking import (
 
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads (seed, step) over all seeds
 _LARGEST_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class FinalTokens:
+    """Tokens of a request that will not change any more.
+
+    tokens int64 [width];  count int64 [], on the device: how many of them there are
+    scores: of the same width; None if the request did not ask
+    """
+
+    tokens: Tensor
+    count: Tensor
+    scores: TokenScores | None = None
 
 
 class Denoising:
@@ -66,6 +80,11 @@ class Denoising:
             torch.arange(len(tokens), device=generator.device) >= num_filled,
             params.block_length,
         )
+        self._record = None
+        if params.logprobs is not None:
+            self._record = LogprobRecord(
+                len(tokens), params.logprobs, mask_token_id, generator.device
+            )
         self.num_taken = torch.tensor(num_final, device=generator.device)
         self._seed = seed
         self._generator = generator
@@ -118,7 +137,10 @@ class Denoising:
             tokens, confidence = choose_tokens(
                 logits, self.params, self._forbidden_at(places), self._generator
             )
-            self.canvas.fill(places, tokens, self._choose(places >= 0, confidence))
+            chosen = self._choose(places >= 0, confidence)
+            self.canvas.fill(places, tokens, chosen)
+            if self._record is not None:
+                self._record.note(logits, places, tokens, self._rows_of(chosen))
         self.step += 1
 
     def _forbidden_at(self, places: Tensor) -> Forbidden:
@@ -136,15 +158,17 @@ class Denoising:
         confidence = confidence.masked_fill(~is_open, float("-inf"))
         return choose_places(confidence, count, self.params, self._generator)
 
-    def take_final(self) -> tuple[Tensor, Tensor]:
-        """The tokens that became final and were not handed out yet.
+    def _rows_of(self, chosen: Tensor) -> Tensor:
+        """Which rows of bool `chosen` are True, as many as can be; -1 beyond the last."""
+        most = self._counts[self.step] if self._pace_is_known else len(chosen)
+        return torch.nonzero_static(chosen, size=most, fill_value=-1).squeeze(-1)
 
-        Returns int64 [width] and, on the device, how many of them count.
-        """
+    def take_final(self) -> FinalTokens:
+        """The tokens that became final and were not handed out yet."""
         whole = not self.params.early_stop
         width = self.params.num_tokens if whole else self.params.block_length
         if not self._may_finish_block(whole):
-            return self.canvas.tokens[:0], torch.zeros_like(self.num_taken)
+            return FinalTokens(self.canvas.tokens[:0], torch.zeros_like(self.num_taken))
         num_final = self.canvas.num_final()
         if self.is_over:
             # Logits that are not numbers can leave a place unfilled; the request ends all the same.
@@ -154,10 +178,11 @@ class Denoising:
         # A request that starts over does not hand out twice what it handed out before.
         num_final = torch.maximum(num_final, self.num_taken)
         places = self.num_taken + torch.arange(width, device=num_final.device)
-        taken = self.canvas.tokens[places.clamp(max=self.canvas.num_tokens - 1)]
+        places = places.clamp(max=self.canvas.num_tokens - 1)
         count = num_final - self.num_taken
         self.num_taken = num_final
-        return taken, count
+        scores = self._record.of(places) if self._record is not None else None
+        return FinalTokens(self.canvas.tokens[places], count, scores)
 
     def _may_finish_block(self, whole: bool) -> bool:
         """Whether the step just run can have finished a block (or, if `whole`, the canvas)."""

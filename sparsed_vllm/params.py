@@ -27,6 +27,7 @@ class DenoisingParams:
     eps: Dream's last timestep
     early_stop: give out blocks as they finish, so that EOS ends the request
     min_tokens: places, from the first, that take none of `stop_tokens`
+    logprobs: alternatives to report beside each token's log probability; None: report nothing
     """
 
     num_tokens: int
@@ -42,6 +43,7 @@ class DenoisingParams:
     early_stop: bool = True
     min_tokens: int = 0
     stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
 
 
 class BadRequest(ValueError):
@@ -178,10 +180,11 @@ def parse_params(
     also_known: Collection[str] = (),
     min_tokens: int = 0,
     stop_tokens: Collection[int] = (),
+    logprobs: int | None = None,
 ) -> DenoisingParams:
     """The denoising that a request asks for.
 
-    temperature, top_p, top_k, ignore_eos, min_tokens: vLLM's sampling parameters
+    temperature, top_p, top_k, ignore_eos, min_tokens, logprobs: vLLM's sampling parameters
     stop_tokens: EOS and the request's own, whether or not EOS is ignored
     extra_args: the parameters of `request_fields`, as the client sent them
     also_known: parameters in `extra_args` that are not for us
@@ -192,6 +195,9 @@ def parse_params(
         raise BadRequest(
             "min_tokens", min_tokens, f"at most {max_tokens} (max_tokens)", "Lower it."
         )
+    if logprobs is not None and logprobs < 0:
+        allowed = "a number of alternatives, 0 or more"
+        raise BadRequest("logprobs", logprobs, allowed, "Ask for the likeliest ones only.")
     _check_sampling(family, temperature, top_p, top_k)
     block_length = given.get("block_length", max_tokens)
     steps = given.get("steps", max_tokens)
@@ -221,6 +227,7 @@ def parse_params(
         early_stop=given.get("early_stop", True),
         min_tokens=min_tokens,
         stop_tokens=tuple(sorted(stop_tokens)) if min_tokens else (),
+        logprobs=logprobs,
     )
 
 

@@ -41,6 +41,7 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     refused = {
         "the V1 model runner": (
@@ -62,6 +63,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size > 1": (
             parallel.decode_context_parallel_size > 1,
             "use --tensor-parallel-size",
+        ),
+        f"--logprobs-mode {model.logprobs_mode}": (
+            model.logprobs_mode != "raw_logprobs",
+            "probabilities are the model's own; leave it out",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
     }

@@ -35,7 +35,6 @@ def refusal(llm, prompt=PROMPT, **sampling):
         {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.2},
         {"min_p": 0.1, "temperature": 1.0},
-        {"logprobs": 1},
         {"prompt_logprobs": 1},
         {"logprob_token_ids": [1]},
         {"bad_words": ["a"]},
@@ -104,8 +103,12 @@ def test_a_mask_in_the_prompt_is_refused(llada, dream):
     assert "mask token" in refusal(dream, {"prompt_token_ids": [DREAM_MASK_ID]})
 
 
+def test_more_than_the_likeliest_alternatives_are_refused(llada):
+    assert "logprobs" in refusal(llada, logprobs=-1)
+
+
 def test_beam_search_is_refused(llada):
-    with pytest.raises(ValueError, match="beam search"):
+    with pytest.raises(ValueError, match="beam search must be absent"):
         llada.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4))
 
 

@@ -201,6 +201,26 @@ def test_samples_stream_side_by_side(client):
     assert got == expected
 
 
+def test_logprobs_come_with_each_block(client):
+    # By their ids: several tokens of the tiny tokenizer have no text of their own.
+    extra = {**BLOCKS, "ignore_eos": True, "return_tokens_as_token_ids": True}
+    body = {"model": "tiny", "max_tokens": 20, "extra_body": extra}
+    asked = {**body, "prompt": "hello", "logprobs": 2}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    assert len(whole.token_logprobs) == 20
+    assert all(2 <= len(top) <= 3 for top in whole.top_logprobs)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.logprobs.token_logprobs]
+    assert parts == pytest.approx(whole.token_logprobs, abs=1e-4)
+    assert [len(chunk.token_ids) for chunk in chunks] == [8, 8, 4]
+    chat = {**body, "messages": HI, "logprobs": True, "top_logprobs": 3}
+    content = client.chat.completions.create(**chat).choices[0].logprobs.content
+    assert [len(at.top_logprobs) for at in content] == [3] * 20
+    streamed = client.chat.completions.create(**chat, stream=True)
+    parts = [at for chunk in streamed for at in getattr(chunk.choices[0].logprobs, "content", [])]
+    assert [at.logprob for at in parts] == pytest.approx([at.logprob for at in content], abs=1e-4)
+
+
 def test_the_prompt_is_echoed_in_front_of_the_answer(client):
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
     extra = {"ignore_eos": True}
@@ -219,13 +239,13 @@ def test_the_prompt_is_echoed_in_front_of_the_answer(client):
         ({"extra_body": {"vllm_xargs": {"steps": "many"}}}, "steps"),
         ({"extra_body": {"vllm_xargs": {"block_length": [1]}}}, "block_length"),
         ({"extra_body": {"vllm_xargs": {"stepz": 3}}}, "stepz"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 1, "echo": True}, "prompt_logprobs"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
         ({"temperature": 1.0, "top_p": 0.5}, "top_p"),
         ({"max_tokens": 600}, "max_tokens"),
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "structured_outputs"),
-        ({"extra_body": {"use_beam_search": True}, "n": 2}, "logprobs"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2}, "beam search"),
         ({"prompt": [1, LLADA_MASK_ID]}, "prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

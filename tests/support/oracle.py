@@ -166,6 +166,7 @@ class Run:
     ids: list[int]  # [gen_length]
     forwards: int  # forward passes of the network
     closest: float  # smallest lead of a decision, in units of logits or of confidence
+    logprobs: list[float]  # [gen_length] of each id, in the step that placed it
 
     def met_a_tie(self, below: float = 1e-5) -> bool:
         """Whether rounding could have tipped a decision, so that no other run must equal this."""
@@ -293,6 +294,7 @@ class Guess:
     tokens: Tensor  # [n]
     confidence: Tensor  # [n]
     lead: Tensor  # [n] logit of the token less that of the runner-up
+    logprobs: Tensor  # [n]
 
 
 class Canvas:
@@ -309,6 +311,7 @@ class Canvas:
     ):
         self.ids = torch.tensor([[*prompt, *[mask_id] * gen_length]])  # [1, L]
         self.masked = torch.arange(self.ids.shape[1]) >= len(prompt)  # [L]
+        self.logprobs = torch.zeros(self.ids.shape[1])  # [L]
         self.num_prompt, self.mask_id, self.forbid_mask = len(prompt), mask_id, forbid_mask
         self.forwards, self.closest = 0, math.inf
         self.first_end, self.stop_ids = len(prompt) + min_tokens, list(stop_ids)
@@ -330,7 +333,9 @@ class Canvas:
             allowed[place, self.stop_ids] = -math.inf
         best, runner_up = allowed.topk(2).values.unbind(dim=-1)
         tokens = allowed.argmax(dim=-1)
-        return Guess(places, tokens, confidence_of(probs, tokens, alg), best - runner_up)
+        logprobs = logits[places].log_softmax(dim=-1)[range(len(places)), tokens]
+        confidence = confidence_of(probs, tokens, alg)
+        return Guess(places, tokens, confidence, best - runner_up, logprobs)
 
     def place_best(self, guess: Guess, count: int) -> None:
         """Place the count most confident."""
@@ -350,11 +355,13 @@ class Canvas:
     def _place(self, guess: Guess, chosen: Tensor) -> None:
         places, tokens = guess.places[chosen], guess.tokens[chosen]
         self.ids[0, places] = tokens
+        self.logprobs[places] = guess.logprobs[chosen]
         self.masked[places] = tokens == self.mask_id  # a predicted mask leaves the place masked
         self.closest = min([self.closest, *guess.lead[chosen].tolist()])
 
     def run(self) -> Run:
-        return Run(self.ids[0, self.num_prompt :].tolist(), self.forwards, self.closest)
+        ids, logprobs = self.ids[0, self.num_prompt :], self.logprobs[self.num_prompt :]
+        return Run(ids.tolist(), self.forwards, self.closest, logprobs.tolist())
 
 
 def confidence_of(probs: Tensor, tokens: Tensor, alg: str) -> Tensor:

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """All patches in force. `python -m sparsed_vllm.patches.inventory` prints them for the README."""
 
-from sparsed_vllm.patches import request_check
+from sparsed_vllm.patches import default_length, request_check
 
-PATCHES = (request_check.PATCH,)
+PATCHES = (request_check.PATCH, default_length.PATCH)
 
 
 def as_table() -> str:

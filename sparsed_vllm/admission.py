@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_sparsity
 from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.kernels.layout import most_kept, num_blocks
+from sparsed_vllm.limits import Limits
 from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params
 
 BACKEND_NAME = "SPARSED"
@@ -67,6 +68,7 @@ class RequestReader:
         self.model_config = vllm_config.model_config
         self.family = FAMILIES[self.model_config.architecture]
         self.sparse_config = sparse_config_of(vllm_config)
+        self.limits = Limits.of(vllm_config.additional_config)
 
     def read(
         self, params: SamplingParams, num_prompt_tokens: int
@@ -74,6 +76,7 @@ class RequestReader:
         """How to denoise, and how sparse (None: dense). Raises BadRequest."""
         assert params.max_tokens is not None, "vLLM fills it in at admission"
         extra_args = params.extra_args or {}
+        self.limits.check_fields(extra_args)
         denoising = parse_params(
             self.family,
             max_tokens=params.max_tokens,
@@ -86,7 +89,9 @@ class RequestReader:
             min_tokens=params.min_tokens,
             stop_tokens=self._stop_tokens(params),
             logprobs=params.logprobs,
+            max_steps=self.limits.max_steps,
         )
+        self.limits.check_threshold(denoising)
         length = num_prompt_tokens + params.max_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
         if sparsity is not None:
@@ -147,12 +152,14 @@ def check_request(
     """
     try:
         _check_kind(request, asked)
-        assert request.sampling_params is not None
+        assert request.sampling_params is not None and isinstance(asked, SamplingParams)
         _check_served(request.sampling_params)
         prompt = request.prompt_token_ids or []
+        reader = RequestReader(vllm_config)
         # First the length: what is read afterwards takes time in proportion to it.
-        _check_prompt(vllm_config.model_config, prompt, request.sampling_params)
-        RequestReader(vllm_config).read(request.sampling_params, len(prompt))
+        _settle_length(reader, request.sampling_params, asked)
+        _check_prompt(reader.model_config, prompt, request.sampling_params)
+        reader.read(request.sampling_params, len(prompt))
     except BadRequest as error:
         raise RequestRefused(error) from error
 
@@ -191,6 +198,15 @@ def _check_served(params: SamplingParams) -> None:
                 f"absent or {field.default} for a diffusion language model",
                 _REMEDIES.get(field.name, "Denoising does not use it; leave it out."),
             )
+
+
+def _settle_length(reader: RequestReader, params: SamplingParams, asked: SamplingParams) -> None:
+    """Make the canvas as long as asked for, or as the default where `asked` leaves it open."""
+    assert params.max_tokens is not None, "vLLM filled in what is left of the context"
+    if asked.max_tokens is None:
+        default = reader.model_config.hf_config.default_max_tokens
+        params.max_tokens = min(default, params.max_tokens)
+    reader.limits.check_length(params.max_tokens)
 
 
 def _check_prompt(model_config: ModelConfig, prompt: Sequence[int], params: SamplingParams) -> None:

@@ -111,15 +111,22 @@ def word(value: Any) -> str:
     return value
 
 
-def request_fields(family: Family, num_tokens: int) -> dict[str, Field]:
-    """The parameters a request to `family` may hold when it generates `num_tokens`."""
-    most_steps = MAX_STEPS_PER_TOKEN * num_tokens
+def request_fields(
+    family: Family, num_tokens: int, max_steps: int | None = None
+) -> dict[str, Field]:
+    """The parameters a request to `family` may hold when it generates `num_tokens`.
+
+    max_steps: the operator's limit, if there is one
+    """
+    most_steps, reason = MAX_STEPS_PER_TOKEN * num_tokens, f"{MAX_STEPS_PER_TOKEN} * max_tokens"
+    if max_steps is not None and max_steps < most_steps:
+        most_steps, reason = max_steps, "this server's limit"
     fields = {
         "steps": Field(
             integer,
             lambda n: 1 <= n <= most_steps,
-            f"an integer in [1, {most_steps}] ({MAX_STEPS_PER_TOKEN} * max_tokens)",
-            "Leave it out for one step a token.",
+            f"an integer in [1, {most_steps}] ({reason})",
+            "Leave it out for one step a token, if that many are allowed.",
         ),
         "block_length": Field(
             integer,
@@ -181,16 +188,19 @@ def parse_params(
     min_tokens: int = 0,
     stop_tokens: Collection[int] = (),
     logprobs: int | None = None,
+    max_steps: int | None = None,
 ) -> DenoisingParams:
     """The denoising that a request asks for.
 
     temperature, top_p, top_k, ignore_eos, min_tokens, logprobs: vLLM's sampling parameters
     stop_tokens: EOS and the request's own, whether or not EOS is ignored
+    max_steps: the most steps that the operator allows, if there is a limit
     extra_args: the parameters of `request_fields`, as the client sent them
     also_known: parameters in `extra_args` that are not for us
     Raises BadRequest naming the first field that cannot be served.
     """
-    given = _parse_fields(family, max_tokens, extra_args, also_known)
+    fields = request_fields(family, max_tokens, max_steps)
+    given = _parse_fields(family, fields, extra_args, also_known)
     if min_tokens > max_tokens:
         raise BadRequest(
             "min_tokens", min_tokens, f"at most {max_tokens} (max_tokens)", "Lower it."
@@ -200,7 +210,7 @@ def parse_params(
         raise BadRequest("logprobs", logprobs, allowed, "Ask for the likeliest ones only.")
     _check_sampling(family, temperature, top_p, top_k)
     block_length = given.get("block_length", max_tokens)
-    steps = given.get("steps", max_tokens)
+    steps = given.get("steps", min(max_tokens, max_steps or max_tokens))
     num_blocks = math.ceil(max_tokens / block_length)
     if steps < num_blocks:
         raise BadRequest(
@@ -232,9 +242,11 @@ def parse_params(
 
 
 def _parse_fields(
-    family: Family, max_tokens: int, extra_args: Mapping[str, Any], also_known: Collection[str]
+    family: Family,
+    fields: Mapping[str, Field],
+    extra_args: Mapping[str, Any],
+    also_known: Collection[str],
 ) -> dict[str, Any]:
-    fields = request_fields(family, max_tokens)
     for name in extra_args:
         if name not in fields and name not in also_known:
             known = ", ".join(sorted({*fields, *also_known}))

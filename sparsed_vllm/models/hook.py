@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from sparsed_vllm.admission import sparse_config_of
 from sparsed_vllm.compat import missing_seams
+from sparsed_vllm.limits import Limits
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -36,6 +37,7 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
         _default_to_temperature_zero(vllm_config.model_config)
+        _set_default_length(vllm_config)
         if sparse_config_of(vllm_config) is None:
             logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
 
@@ -98,3 +100,11 @@ def _default_to_temperature_zero(model: ModelConfig) -> None:
         return  # The user asked for vLLM's own defaults.
     if "temperature" not in model.try_get_generation_config():
         model.override_generation_config.setdefault("temperature", 0.0)
+
+
+def _set_default_length(vllm_config: VllmConfig) -> None:
+    """What a request that names no length gets; patches/default_length.py hands it out."""
+    model = vllm_config.model_config
+    limits = Limits.of(vllm_config.additional_config)
+    checkpoint_s = model.get_diff_sampling_param().get("max_tokens")
+    model.hf_config.default_max_tokens = limits.default_length(checkpoint_s)

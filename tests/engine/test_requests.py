@@ -5,6 +5,7 @@
 import oracle
 import pytest
 from checkpoints import DREAM_MASK_ID, LLADA_EOS_ID, LLADA_MASK_ID
+from engines import start_engine
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -80,6 +81,27 @@ def test_llada_refuses_truncation_and_dream_does_it(llada, dream, sampling):
 def test_prompt_and_canvas_must_fit_the_model(llada):
     long = {"prompt_token_ids": [1] * 510}
     assert "at most 2 (max_model_len 512 less 510 of prompt)" in refusal(llada, long)
+
+
+def test_a_canvas_is_128_places_long_unless_somebody_says_otherwise(llada):
+    assert llada.get_default_sampling_params().max_tokens == 128
+    assert len(ask(llada, max_tokens=None, ignore_eos=True)) == 128
+    nearly_full = {"prompt_token_ids": [1] * 500}
+    assert len(ask(llada, nearly_full, max_tokens=None, ignore_eos=True)) == 12
+    assert "min_tokens" in refusal(llada, max_tokens=None, min_tokens=129)
+    refusal(llada, {"prompt_token_ids": [1] * 512}, max_tokens=None)
+
+
+def test_an_operator_limits_what_clients_may_ask(llada_path):
+    limits = {"max_tokens": 40, "max_steps": 24, "request_fields": ["steps"]}
+    llm = start_engine(llada_path, additional_config={"denoising": limits})
+    assert "at most 40 on this server" in refusal(llm, max_tokens=41)
+    assert "[1, 24] (this server's limit)" in refusal(llm, max_tokens=40, extra_args={"steps": 25})
+    assert "lets clients set steps" in refusal(llm, extra_args={"use_sparsed": 0})
+    assert llm.get_default_sampling_params().max_tokens == 40
+    assert len(ask(llm, max_tokens=40, ignore_eos=True)) == 40
+    with pytest.raises(ValueError, match=r"denoising\.max_step must be absent"):
+        start_engine(llada_path, additional_config={"denoising": {"max_step": 1}})
 
 
 def test_an_absurd_length_is_refused_before_it_costs_anything(llada):

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """`vllm serve` in processes of its own, asked by the OpenAI client."""
 
+import json
 import os
 import socket
 import subprocess
@@ -20,6 +21,20 @@ from sparse_oracle import Sparsity, sparse_llada_generate
 pytestmark = pytest.mark.engine
 
 START_TIMEOUT = 300  # seconds
+LIMITS = {
+    "default_max_tokens": 20,
+    "max_tokens": 450,
+    "max_steps": 420,
+    "request_fields": [
+        "steps",
+        "block_length",
+        "threshold",
+        "remasking",
+        "early_stop",
+        "use_sparsed",
+        "sparsed_block_size",
+    ],
+}
 
 
 def free_port():
@@ -50,6 +65,7 @@ def client(llada_path, tmp_path_factory):
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--attention-backend", "sparsed"]
+    command += ["--additional-config", json.dumps({"denoising": LIMITS})]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
@@ -221,6 +237,17 @@ def test_logprobs_come_with_each_block(client):
     assert [at.logprob for at in parts] == pytest.approx([at.logprob for at in content], abs=1e-4)
 
 
+def test_a_request_that_names_no_length_gets_the_server_s_default(client):
+    def length(create, **body):
+        return create(model="tiny", **body, extra_body=extra).usage.completion_tokens
+
+    extra = {"ignore_eos": True}
+    assert length(client.chat.completions.create, messages=HI) == 20
+    assert length(client.chat.completions.create, messages=HI, max_completion_tokens=33) == 33
+    assert length(client.completions.create, prompt="hello") == 16
+    assert length(client.completions.create, prompt="hello", max_tokens=33) == 33
+
+
 def test_the_prompt_is_echoed_in_front_of_the_answer(client):
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
     extra = {"ignore_eos": True}
@@ -244,6 +271,9 @@ def test_the_prompt_is_echoed_in_front_of_the_answer(client):
         ({"presence_penalty": 1.0}, "presence_penalty"),
         ({"temperature": 1.0, "top_p": 0.5}, "top_p"),
         ({"max_tokens": 600}, "max_tokens"),
+        ({"max_tokens": 451}, "at most 450 on this server"),
+        ({"max_tokens": 430, "extra_body": {"vllm_xargs": {"steps": 421}}}, "steps"),
+        ({"extra_body": {"vllm_xargs": {"sparsed_select": 0.5}}}, "sparsed_select"),
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "structured_outputs"),
         ({"extra_body": {"use_beam_search": True}, "n": 2}, "beam search"),
         ({"prompt": [1, LLADA_MASK_ID]}, "prompt"),

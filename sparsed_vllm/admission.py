@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What a request must look like to be served; checked before it costs anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import msgspec
 from vllm.config import ModelConfig, VllmConfig
@@ -15,7 +16,7 @@ from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_s
 from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.kernels.layout import most_kept, num_blocks
 from sparsed_vllm.limits import Limits
-from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params
+from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params, shown
 
 BACKEND_NAME = "SPARSED"
 """Our attention backend, as vLLM's registry and `--attention-backend` know it."""
@@ -53,6 +54,8 @@ SERVED_FIELDS = frozenset(
 )
 """Sampling parameters that are honoured. All others must keep vLLM's default."""
 
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs")
+
 _REMEDIES = {
     "prompt_logprobs": "Places are filled from both sides: a prompt has no probability token by "
     "token. Leave it out, or leave out echo, which asks for it beside logprobs.",
@@ -76,6 +79,8 @@ class RequestReader:
         """How to denoise, and how sparse (None: dense). Raises BadRequest."""
         assert params.max_tokens is not None, "vLLM fills it in at admission"
         extra_args = params.extra_args or {}
+        if not isinstance(extra_args, Mapping):
+            raise BadRequest("extra_args", extra_args, "a mapping", "Its keys are parameters.")
         self.limits.check_fields(extra_args)
         denoising = parse_params(
             self.family,
@@ -139,7 +144,9 @@ class RequestRefused(VLLMValidationError, ValueError):
     """vLLM's validation error, which becomes HTTP 400, and the ValueError that Python expects."""
 
     def __init__(self, error: BadRequest) -> None:
-        VLLMValidationError.__init__(self, str(error), parameter=error.field, value=error.value)
+        VLLMValidationError.__init__(
+            self, str(error), parameter=error.field, value=shown(error.value)
+        )
 
 
 def check_request(
@@ -187,6 +194,10 @@ def _is_beam(params: SamplingParams) -> bool:
 
 def _check_served(params: SamplingParams) -> None:
     """Every sampling parameter that denoising does not honour must keep its default."""
+    for name in _INTEGERS:
+        value = getattr(params, name)
+        if value is not None and not isinstance(value, Integral):
+            raise BadRequest(name, value, "an integer", "Python's SamplingParams takes any type.")
     for field in msgspec.structs.fields(SamplingParams):
         if field.name.startswith("_") or field.name in SERVED_FIELDS:
             continue

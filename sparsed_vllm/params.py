@@ -46,11 +46,29 @@ class DenoisingParams:
     logprobs: int | None = None
 
 
+_MOST_SHOWN = 500  # characters of a bad value that an error repeats
+
+
+def shown(value: object) -> str:
+    """`value` as an error may repeat it: not without end."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"{type(value).__name__} of many digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def shown_name(name: object) -> str:
+    """The same for the name of a parameter, which needs no quotes."""
+    text = str(name)[:_MOST_SHOWN]
+    return text.encode(errors="backslashreplace").decode()  # JSON may hold half a surrogate pair
+
+
 class BadRequest(ValueError):
     """A request parameter that cannot be served; the message says what would be."""
 
     def __init__(self, field: str, value: object, allowed: str, remedy: str) -> None:
-        super().__init__(f"{field} must be {allowed}, got {value!r}. {remedy}")
+        super().__init__(f"{field} must be {allowed}, got {shown(value)}. {remedy}")
         self.field = field
         self.value = value
 
@@ -100,7 +118,7 @@ def number(value: Any) -> float:
 
 
 def flag(value: Any) -> bool:
-    if value not in (0, 1) or isinstance(value, float):
+    if not isinstance(value, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
 
@@ -251,7 +269,7 @@ def _parse_fields(
         if name not in fields and name not in also_known:
             known = ", ".join(sorted({*fields, *also_known}))
             allowed = f"absent for a {family.name} model, which knows {known}"
-            raise BadRequest(str(name), extra_args[name], allowed, "Leave it out.")
+            raise BadRequest(shown_name(name), extra_args[name], allowed, "Leave it out.")
     return {
         name: fields[name].parse(name, extra_args[name]) for name in fields if name in extra_args
     }

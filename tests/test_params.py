@@ -5,9 +5,11 @@
 import math
 
 import pytest
+import torch
 
+from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, choose_sparsity
 from sparsed_vllm.families import DREAM, LLADA
-from sparsed_vllm.params import BadRequest, parse_params
+from sparsed_vllm.params import BadRequest, parse_params, request_fields
 
 NUMBERS = [0, -1, 1.5, "8", True, None, [4], math.nan, 10**9]
 
@@ -89,6 +91,56 @@ def test_a_value_out_of_range_is_refused_by_name(family, field, value):
     error = refusal(family, **{field: value})
     assert error.field == field
     assert repr(value) in str(error)
+
+
+def endless():
+    value = []
+    value.append(value)
+    return value
+
+
+NASTY = [
+    None,
+    math.nan,
+    -math.inf,
+    10**5000,
+    -(10**400),
+    1j,
+    "",
+    "x" * 10**6,
+    "\ud800",
+    "\0",
+    b"8",
+    [[1]],
+    [1, "a", None],
+    endless(),
+    {"steps": 1},
+    {1, 2},
+    object(),
+    torch.ones(3),
+    lambda: None,
+]
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM], ids=lambda family: family.name)
+def test_no_value_of_any_parameter_causes_any_other_error(family):
+    names = (*request_fields(family, 32), *REQUEST_FIELDS, "stepz", "\ud800", "x" * 10**6, 5)
+    for name in names:
+        for value in NASTY:
+            with pytest.raises(BadRequest) as refused:
+                parse_params(
+                    family,
+                    max_tokens=32,
+                    temperature=0.0,
+                    top_p=1.0,
+                    top_k=0,
+                    ignore_eos=False,
+                    extra_args={name: value},
+                    also_known=REQUEST_FIELDS,
+                )
+                choose_sparsity(SparseConfig(), {name: value}, 100)
+            assert len(str(refused.value)) < 2000
+            assert str(refused.value).encode()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,30 @@ def test_an_absurd_length_is_refused_before_it_costs_anything(llada):
     assert message.startswith("max_tokens must be at most 509")
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"max_tokens": 2.5},
+        {"min_tokens": 1.5},
+        {"logprobs": 1.5},
+        {"seed": 0.5},
+        {"seed": "one"},
+        {"extra_args": ["steps"]},
+        {"extra_args": {"steps": float("nan")}},
+        {"extra_args": {"steps": 2**64 - 1}},
+        {"extra_args": {"steps": [[4]]}},
+        {"extra_args": {"steps": "\ud800"}},
+        {"extra_args": {"\ud800": 1}},
+        {"extra_args": {5: 1}},
+    ],
+    ids=ascii,
+)
+def test_values_of_the_wrong_type_are_refused(llada, sampling):
+    message = refusal(llada, **sampling)
+    assert " must be " in message
+    assert message.encode()
+
+
 def test_a_prompt_must_not_be_empty(llada):
     assert "cannot be empty" in refusal(llada, {"prompt_token_ids": []})
 

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import oracle
 import pytest
@@ -287,6 +288,49 @@ def test_bad_requests_are_answered_with_400_and_the_field(client, request_body, 
     assert refused.value.status_code == 400
     assert field in refused.value.body["message"]
     assert complete(client, "hello").choices[0].finish_reason == "length"
+
+
+FUZZ = """
+NaN
+Infinity
+-Infinity
+1e999
+1e308
+-1
+1.5
+null
+"8"
+""
+"\\u0000"
+"\\ud800"
+"\U0001f600"
+[]
+[1]
+[[1]]
+{}
+{"a": 1}
+[1, "a", null]
+999999999999999999999999999999
+18446744073709551615
+-9223372036854775809
+""".strip().splitlines()
+FUZZ += ["9" * 5000, "[" * 100_000 + "]" * 100_000, f'"{"x" * 1_000_000}"']
+
+
+@pytest.mark.parametrize("field", ["steps", "threshold", "remasking", "use_sparsed", "stepz", ""])
+def test_no_value_in_vllm_xargs_is_the_server_s_fault(client, field):
+    def post(xargs):
+        body = f'{{"model": "tiny", "prompt": "hi", "max_tokens": 4, "vllm_xargs": {xargs}}}'
+        url, headers = f"{client.base_url}completions", {"content-type": "application/json"}
+        return httpx.post(url, content=body.encode(), headers=headers, timeout=60)
+
+    for value in FUZZ:
+        answer = post(f'{{"{field}": {value}}}')
+        assert answer.status_code == 400, value[:80]
+        assert len(answer.text) < 10_000
+    for whole in ("[]", "3", "NaN", f'{{"{field}": 1, "\\ud800": 2}}'):
+        assert post(whole).status_code == 400
+    assert complete(client, "hello").usage.completion_tokens == 16
 
 
 def test_a_client_that_hangs_up_leaves_the_server_serving(client):

@@ -14,6 +14,10 @@ SEAMS = {
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("request",),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("throttle_prefills",),
     "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule": ("scheduler_output",),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_with_output": (
         "request",
         "new_token_ids",

@@ -31,11 +31,13 @@ class FinalTokens:
     """Tokens of a request that will not change any more.
 
     tokens int64 [width];  count int64 [], on the device: how many of them there are
+    has_failed bool [], on the device: whether they, or what comes after them, are worth nothing
     scores: of the same width; None if the request did not ask
     """
 
     tokens: Tensor
     count: Tensor
+    has_failed: Tensor
     scores: TokenScores | None = None
 
 
@@ -85,6 +87,7 @@ class Denoising:
             self._record = LogprobRecord(
                 len(tokens), params.logprobs, mask_token_id, generator.device
             )
+        self._has_failed = torch.zeros((), dtype=torch.bool, device=generator.device)
         self.num_taken = torch.tensor(num_final, device=generator.device)
         self._seed = seed
         self._generator = generator
@@ -133,6 +136,8 @@ class Denoising:
         places: what `open_places` returned;  logits [len(places), vocab], any float type
         """
         if len(places):
+            # The largest of a row is a number unless one of the row is none, or infinite.
+            self._has_failed = self._has_failed | ~logits.amax(-1).isfinite().all()
             self._generator.manual_seed((self._seed + self.step * _GOLDEN_RATIO) & _LARGEST_SEED)
             tokens, confidence = choose_tokens(
                 logits, self.params, self._forbidden_at(places), self._generator
@@ -168,7 +173,8 @@ class Denoising:
         whole = not self.params.early_stop
         width = self.params.num_tokens if whole else self.params.block_length
         if not self._may_finish_block(whole):
-            return FinalTokens(self.canvas.tokens[:0], torch.zeros_like(self.num_taken))
+            none = self.canvas.tokens[:0]
+            return FinalTokens(none, torch.zeros_like(self.num_taken), self._has_failed)
         num_final = self.canvas.num_final()
         if self.is_over:
             # Logits that are not numbers can leave a place unfilled; the request ends all the same.
@@ -182,7 +188,7 @@ class Denoising:
         count = num_final - self.num_taken
         self.num_taken = num_final
         scores = self._record.of(places) if self._record is not None else None
-        return FinalTokens(self.canvas.tokens[places], count, scores)
+        return FinalTokens(self.canvas.tokens[places], count, self._has_failed, scores)
 
     def _may_finish_block(self, whole: bool) -> bool:
         """Whether the step just run can have finished a block (or, if `whole`, the canvas)."""

@@ -80,7 +80,8 @@ class DenoisingSampler:
         """The tokens of one request that became final in this step."""
         if turn is None:
             none = rows.new_empty(0, dtype=torch.int64)
-            return FinalTokens(none, rows.new_zeros((), dtype=torch.int64))
+            zero = rows.new_zeros((), dtype=torch.int64)
+            return FinalTokens(none, zero, zero.bool())
         turn.denoising.advance(turn.places, rows)
         return turn.denoising.take_final()
 
@@ -106,7 +107,7 @@ class DenoisingSampler:
         return SamplerOutput(
             sampled_token_ids=torch.stack(tokens),
             logprobs_tensors=_join_scores([final.scores for final in taken]),
-            num_nans=None,
+            num_nans=torch.stack([final.has_failed for final in taken]).int(),
             num_sampled=torch.stack([final.count for final in taken]).int(),
             # All of the query, so that the next step computes the whole sequence again.
             num_rejected=starts.diff(),

@@ -7,12 +7,20 @@ from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from sparsed_vllm.admission import RequestReader
 from sparsed_vllm.phases import Schedule, resume_step
+
+logger = init_logger("vllm.sparsed.scheduler")
+
+NOT_NUMBERS = "logits that are not numbers"
+"""Why a request ends with finish reason `error`."""
 
 
 class DenoisingScheduler(Scheduler):
@@ -60,6 +68,20 @@ class DenoisingScheduler(Scheduler):
             request.num_computed_tokens = 0
             self.steps_left[request] -= 1
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """End the requests whose logits were no numbers; the others of the step go on."""
+        num_nans = model_runner_output.num_nans_in_logits or {}
+        bad = [req_id for req_id, count in num_nans.items() if count]
+        failed = self.finish_requests(bad, RequestStatus.FINISHED_ERROR)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            logger.error("Request %s failed: %s.", request.request_id, NOT_NUMBERS)
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(_failure_of(request))
+        return outputs
+
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
@@ -85,3 +107,16 @@ class DenoisingScheduler(Scheduler):
         schedule = Schedule.of(params)
         done = resume_step(schedule, request.num_output_tokens, sparsity is not None)
         return schedule.num_steps - done
+
+
+def _failure_of(request: Request) -> EngineCoreOutput:
+    """What the client of a request that failed is told."""
+    return EngineCoreOutput(
+        request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=NOT_NUMBERS,
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+        num_nans_in_logits=1,
+    )

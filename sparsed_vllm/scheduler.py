@@ -2,13 +2,19 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """vLLM's scheduler, taught that a request is its prompt and a canvas, computed whole each step."""
 
+import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
@@ -16,21 +22,29 @@ from vllm.v1.request import Request, RequestStatus
 
 from sparsed_vllm.admission import RequestReader
 from sparsed_vllm.phases import Schedule, resume_step
+from sparsed_vllm.turns import Claim, Room, take_turns
 
 logger = init_logger("vllm.sparsed.scheduler")
+
+_MOST_WAITING = 512  # requests of the queue's front that are considered for a step
 
 NOT_NUMBERS = "logits that are not numbers"
 """Why a request ends with finish reason `error`."""
 
 
 class DenoisingScheduler(Scheduler):
-    """Deltas to vLLM's scheduler; admission, pages, preemption and fairness stay its own.
+    """Deltas to vLLM's scheduler; admission, pages and preemption stay its own.
 
     A request's masks stand behind its prompt from the start, so that pages and token budget
     count the whole sequence and vLLM never splits it (chunked prefill is off). After each step
     the request is back at zero computed tokens. Steps are counted here, so that with async
     scheduling no step is sent beyond a request's last.
+
+    Requests may outgrow the token budget together: turns.py says who takes part in a step, and
+    vLLM is shown only those.
     """
+
+    waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +53,8 @@ class DenoisingScheduler(Scheduler):
         self.reader = RequestReader(self.vllm_config)
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         self.steps_left: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self.sparse_tokens: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self.shortest_first = True  # in the coming step, if not everybody fits
 
     def add_request(self, request: Request) -> None:
         """Queue a request with its canvas; unseeded ones get a seed that all workers share."""
@@ -49,14 +65,74 @@ class DenoisingScheduler(Scheduler):
             # Temperature 0 repeats itself, as vLLM's users expect, also where places are drawn.
             params.seed = random.getrandbits(63) if params.temperature > 0 else 0
         self._mask_rest(request)
+        _, sparsity = self.reader.read(request.sampling_params, request.num_prompt_tokens)
+        self.sparse_tokens[request] = request.num_tokens if sparsity else 0
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        chosen = self._take_turns()
+        taking_part = set(chosen)
         for request in self.running:
-            if self.steps_left[request] <= 0:
-                # All its steps are in flight. schedule() counts current_step up before it looks.
+            if request not in taking_part:
+                # schedule() counts current_step up before it looks.
                 request.next_decode_eligible_step = self.current_step + 2
-        return super().schedule(throttle_prefills)
+        with self._showing(
+            [request for request in chosen if request.status is not RequestStatus.RUNNING]
+        ):
+            return super().schedule(throttle_prefills)
+
+    def _take_turns(self) -> list[Request]:
+        """Who takes part in the coming step, in the order of admission.
+
+        Requests with all their steps in flight do not.
+        """
+        able = [request for request in self.running if self.steps_left[request] > 0]
+        if self.pause_state is PauseState.UNPAUSED:
+            able += islice(self.waiting, _MOST_WAITING)
+        claims = [self._claim(request) for request in able]
+        granted = take_turns(claims, self._room(), shortest_first=self.shortest_first)
+        if len(granted) < len(claims):
+            self.shortest_first = not self.shortest_first
+        return [claim.request for claim in granted]
+
+    def _claim(self, request: Request) -> Claim:
+        return Claim(
+            request,
+            request.num_tokens,
+            request.arrival_time,
+            priority=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
+            is_running=request.status is RequestStatus.RUNNING,
+            pages=-(-request.num_tokens // self.block_size),
+            table_tokens=self.sparse_tokens[request],
+        )
+
+    def _room(self) -> Room:
+        """What the coming step can hold.
+
+        Memory profiling set tables aside for as many tokens as a step has. With nothing running,
+        pages are vLLM's to judge: its reserve does not count then.
+        """
+        budget = self.max_num_scheduled_tokens
+        manager = self.kv_cache_manager
+        free = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
+        tables = sum(self.sparse_tokens[request] for request in self.running)
+        seats = self.max_num_running_reqs - len(self.running)
+        return Room(budget, seats, free if self.running else math.inf, budget - tables)
+
+    @contextmanager
+    def _showing(self, chosen: list[Request]) -> Iterator[None]:
+        """Let vLLM see no other waiting requests than `chosen`, in that order."""
+        everyone = self.waiting
+        everyone.remove_requests(chosen)
+        self.waiting = create_request_queue(SchedulingPolicy.FCFS)
+        for request in chosen:
+            self.waiting.add_request(request)
+        try:
+            yield
+        finally:
+            # Those that were not admitted after all, and those that were preempted.
+            everyone.prepend_requests(reversed(list(self.waiting)))
+            self.waiting = everyone
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

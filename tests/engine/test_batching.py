@@ -212,6 +212,14 @@ def test_async_scheduling_changes_no_token(llada, async_llada):
     assert not worker_state_of(async_llada).requests
 
 
+def test_requests_that_take_turns_get_the_same_tokens(llada, async_llada, monkeypatch):
+    requests = mixed_requests(12, seed=13)
+    expected = tokens(llada, requests)
+    for llm in (llada, async_llada):
+        monkeypatch.setattr(scheduler_of(llm), "max_num_scheduled_tokens", 260)
+        assert tokens(llm, requests) == expected
+
+
 def test_async_scheduling_sends_no_step_beyond_the_last(async_llada, monkeypatch):
     scheduler = scheduler_of(async_llada)
     sent = []

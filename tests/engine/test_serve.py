@@ -56,8 +56,8 @@ def wait_until_ready(server, client):
 
 
 @pytest.fixture(scope="module")
-def client(llada_path, tmp_path_factory):
-    """An OpenAI client of a running server."""
+def server(llada_path, tmp_path_factory):
+    """A running server's process and an OpenAI client of it."""
     port = free_port()
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -66,17 +66,23 @@ def client(llada_path, tmp_path_factory):
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--attention-backend", "sparsed"]
+    command += ["--shutdown-timeout", "60"]
     command += ["--additional-config", json.dumps({"denoising": LIMITS})]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
     try:
         wait_until_ready(server, client)
-        yield client
+        yield server, client
     finally:
         server.terminate()
         server.wait(timeout=60)
         print(log.read_text()[-5000:])
+
+
+@pytest.fixture
+def client(server):
+    return server[1]
 
 
 def complete(client, prompt, max_tokens=16, **extra):
@@ -344,3 +350,20 @@ def test_a_client_that_hangs_up_leaves_the_server_serving(client):
     next(iter(stream))
     stream.close()
     assert complete(client, "hello").usage.completion_tokens == 16
+
+
+def test_sigterm_lets_requests_end_that_have_begun(server):
+    """The last test of this file: the server is gone afterwards."""
+    process, client = server
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "stream": True}
+    streams = [
+        iter(client.completions.create(**body, extra_body={**BLOCKS, "ignore_eos": True}))
+        for _ in range(3)
+    ]
+    firsts = [next(stream) for stream in streams]
+    process.terminate()
+    for first, stream in zip(firsts, streams, strict=True):
+        chunks = [first, *stream]
+        assert sum(len(chunk.choices[0].token_ids) for chunk in chunks) == 200
+        assert chunks[-1].choices[0].finish_reason == "length"
+    process.wait(timeout=60)

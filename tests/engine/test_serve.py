@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """`vllm serve` in processes of its own, asked by the OpenAI client."""
 
+import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import load
 import openai
 import oracle
 import pytest
@@ -350,6 +353,32 @@ def test_a_client_that_hangs_up_leaves_the_server_serving(client):
     next(iter(stream))
     stream.close()
     assert complete(client, "hello").usage.completion_tokens == 16
+
+
+def test_blocks_are_what_vllm_s_metrics_time(client):
+    def counts():
+        text = httpx.get(str(client.base_url.join("/metrics"))).text
+        names = ("time_to_first_token_seconds", "inter_token_latency_seconds", "generation_tokens")
+        return [
+            float(re.search(rf"^vllm:{name}_(?:count|total){{.*}} (.*)$", text, re.MULTILINE)[1])
+            for name in names
+        ]
+
+    before = counts()
+    body = {"prompt": "hello", "max_tokens": 24, "stream": True}
+    chunks = [
+        *client.completions.create(model="tiny", **body, extra_body={**BLOCKS, "ignore_eos": True})
+    ]
+    assert len(chunks) == 3
+    # The first block, the gaps between blocks, and tokens all the same.
+    assert [b - a for a, b in zip(before, counts(), strict=True)] == [1, 2, 24]
+
+
+def test_under_load_every_answer_is_the_one_it_is_alone(client):
+    url = str(client.base_url.join("/"))
+    report = asyncio.run(load.put_under_load(url, clients=12, seconds=8, kinds=8))
+    assert report.wrong == []
+    assert report.counts.keys() == {"whole", "stream", "hang up", "bad"}
 
 
 def test_sigterm_lets_requests_end_that_have_begun(server):

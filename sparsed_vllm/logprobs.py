@@ -29,25 +29,16 @@ def score_tokens(logits: Tensor, tokens: Tensor, top: int, mask_token_id: int) -
 
     The mask token is no alternative and has no rank, but counts in the softmax.
     """
-    num_rows = rows_at_once(logits.shape[-1])
-    parts = [
-        _score(part.float(), chosen, top, mask_token_id)
-        for part, chosen in zip(logits.split(num_rows), tokens.split(num_rows), strict=True)
-    ]
-    token_ids, logprobs, ranks = zip(*parts, strict=True)
-    return TokenScores(torch.cat(token_ids).int(), torch.cat(logprobs), torch.cat(ranks).int())
-
-
-def _score(
-    logits: Tensor, tokens: Tensor, top: int, mask_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
     own = tokens[:, None]
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     own_logprobs = logprobs.gather(-1, own)
-    rivals = logprobs.index_fill(-1, own.new_tensor([mask_token_id]), float("-inf"))
-    best = rivals.topk(top, dim=-1)
-    ranks = (rivals >= own_logprobs).sum(-1)
-    return torch.cat([own, best.indices], -1), torch.cat([own_logprobs, best.values], -1), ranks
+    logprobs[:, mask_token_id] = float("-inf")
+    best = logprobs.topk(top, dim=-1)
+    return TokenScores(
+        torch.cat([own, best.indices], -1).int(),
+        torch.cat([own_logprobs, best.values], -1),
+        (logprobs >= own_logprobs).sum(-1).int(),
+    )
 
 
 class LogprobRecord:
@@ -70,8 +61,10 @@ class LogprobRecord:
         logits [n, vocab], places and tokens int64 [n]: of the places that were open
         rows int64 [any]: those of them that were filled, -1 for padding
         """
-        if not len(rows):
-            return
+        for part in rows.split(rows_at_once(logits.shape[-1])):
+            self._note(logits, places, tokens, part)
+
+    def _note(self, logits: Tensor, places: Tensor, tokens: Tensor, rows: Tensor) -> None:
         some = rows.clamp(min=0)
         scores = score_tokens(logits[some], tokens[some], self.top, self.mask_token_id)
         places = torch.where(rows >= 0, places[some], len(self._scores.ranks) - 1)

@@ -37,12 +37,13 @@ def test_no_alternatives_may_be_asked_for(logits):
 
 
 def test_many_rows_are_scored_in_parts(logits, monkeypatch):
-    tokens = logits.argmin(-1)
+    tokens, rows = logits.argmin(-1), torch.arange(20)
     whole = score_tokens(logits, tokens, 2, MASK)
     monkeypatch.setattr("sparsed_vllm.unmasking._ELEMENTS_AT_ONCE", 150)
-    parts = score_tokens(logits, tokens, 2, MASK)
-    assert torch.equal(whole.logprobs, parts.logprobs)
-    assert torch.equal(whole.token_ids, parts.token_ids)
+    record = LogprobRecord(20, 2, MASK, logits.device)
+    record.note(logits, rows, tokens, rows)
+    assert torch.equal(whole.logprobs, record.of(rows).logprobs)
+    assert torch.equal(whole.token_ids, record.of(rows).token_ids)
 
 
 def test_narrow_logits_are_scored_in_float32(logits):

@@ -54,7 +54,7 @@ SERVED_FIELDS = frozenset(
 )
 """Sampling parameters that are honoured. All others must keep vLLM's default."""
 
-_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs")
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "stream_interval")
 
 _REMEDIES = {
     "prompt_logprobs": "Places are filled from both sides: a prompt has no probability token by "
@@ -192,12 +192,22 @@ def _is_beam(params: SamplingParams) -> bool:
     return lone and (params.logprobs or 0) > 1
 
 
-def _check_served(params: SamplingParams) -> None:
-    """Every sampling parameter that denoising does not honour must keep its default."""
+def _check_types(params: SamplingParams) -> None:
+    """What Python's SamplingParams lets through, but the engine cannot be sent."""
     for name in _INTEGERS:
         value = getattr(params, name)
-        if value is not None and not isinstance(value, Integral):
-            raise BadRequest(name, value, "an integer", "Python's SamplingParams takes any type.")
+        if value is None:
+            continue
+        if not isinstance(value, Integral) or not -(2**63) <= int(value) < 2**63:
+            raise BadRequest(name, value, "an integer of 64 bits", "Leave it out.")
+    for stop in params.stop or ():
+        if stop.encode(errors="ignore").decode() != stop:
+            raise BadRequest("stop", stop, "text", "Remove the half of a surrogate pair.")
+
+
+def _check_served(params: SamplingParams) -> None:
+    """Every sampling parameter that denoising does not honour must keep its default."""
+    _check_types(params)
     for field in msgspec.structs.fields(SamplingParams):
         if field.name.startswith("_") or field.name in SERVED_FIELDS:
             continue

@@ -15,6 +15,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,13 +108,10 @@ async def ask_streaming(http: httpx.AsyncClient, body: Body, chunks: int | None 
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", "/v1/completions", json=asked) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
+        async for chunk in events(response):
             if seen == chunks:
                 break
-            if not line.startswith("data: {"):
-                continue
             seen += 1
-            chunk = json.loads(line.removeprefix("data: "))
             num_counted = (chunk.get("usage") or {}).get("completion_tokens", num_counted)
             for choice in chunk["choices"]:
                 i = choice["index"]
@@ -121,6 +119,19 @@ async def ask_streaming(http: httpx.AsyncClient, body: Body, chunks: int | None 
                 reasons[i] = choice["finish_reason"] or reasons[i]
                 num_logprobs += len((choice.get("logprobs") or {}).get("token_logprobs", ()))
     return Answer(tuple(ids), tuple(reasons), num_logprobs, num_counted)
+
+
+async def events(response: httpx.Response) -> AsyncIterator[Any]:
+    """What a stream sends, piece by piece.
+
+    Only line feeds end its lines: text may hold other characters that httpx splits lines at.
+    """
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
 
 
 async def run_client(

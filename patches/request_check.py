@@ -14,12 +14,14 @@ from sparsed_vllm.patches.apply import Patch
 
 def _checked(process_inputs: Callable[..., EngineCoreRequest]) -> Callable[..., EngineCoreRequest]:
     @functools.wraps(process_inputs)
-    def process_and_check(self: Any, *args: Any, **kwargs: Any) -> EngineCoreRequest:
-        request = process_inputs(self, *args, **kwargs)
+    def process_and_check(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         if self.model_config.architecture in FAMILIES:
             from sparsed_vllm.admission import check_request
 
-            check_request(self.vllm_config, request)
+            check_request(self.vllm_config, request, params)
         return request
 
     return process_and_check

@@ -2,18 +2,21 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What a request must look like to be served; checked before it costs anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import msgspec
 from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_sparsity
 from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.kernels.layout import most_kept, num_blocks
-from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params
+from sparsed_vllm.limits import Limits
+from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params, shown
 
 BACKEND_NAME = "SPARSED"
 """Our attention backend, as vLLM's registry and `--attention-backend` know it."""
@@ -26,6 +29,8 @@ SERVED_FIELDS = frozenset(
         "top_k",
         "seed",
         "max_tokens",
+        "min_tokens",
+        "logprobs",
         "extra_args",
         # what vLLM does with the tokens it is handed
         "n",
@@ -49,8 +54,11 @@ SERVED_FIELDS = frozenset(
 )
 """Sampling parameters that are honoured. All others must keep vLLM's default."""
 
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "stream_interval")
+
 _REMEDIES = {
-    "logprobs": "Leave it out, and do without beam search, which asks for it.",
+    "prompt_logprobs": "Places are filled from both sides: a prompt has no probability token by "
+    "token. Leave it out, or leave out echo, which asks for it beside logprobs.",
     "structured_outputs": "A grammar is followed left to right, places are not filled so. "
     "Leave out response_format and structured_outputs.",
 }
@@ -63,6 +71,7 @@ class RequestReader:
         self.model_config = vllm_config.model_config
         self.family = FAMILIES[self.model_config.architecture]
         self.sparse_config = sparse_config_of(vllm_config)
+        self.limits = Limits.of(vllm_config.additional_config)
 
     def read(
         self, params: SamplingParams, num_prompt_tokens: int
@@ -70,6 +79,9 @@ class RequestReader:
         """How to denoise, and how sparse (None: dense). Raises BadRequest."""
         assert params.max_tokens is not None, "vLLM fills it in at admission"
         extra_args = params.extra_args or {}
+        if not isinstance(extra_args, Mapping):
+            raise BadRequest("extra_args", extra_args, "a mapping", "Its keys are parameters.")
+        self.limits.check_fields(extra_args)
         denoising = parse_params(
             self.family,
             max_tokens=params.max_tokens,
@@ -79,12 +91,31 @@ class RequestReader:
             ignore_eos=params.ignore_eos,
             extra_args=extra_args,
             also_known=REQUEST_FIELDS,
+            min_tokens=params.min_tokens,
+            stop_tokens=self._stop_tokens(params),
+            logprobs=params.logprobs,
+            max_steps=self.limits.max_steps,
         )
+        self.limits.check_threshold(denoising)
         length = num_prompt_tokens + params.max_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
         if sparsity is not None:
             self._check_table(sparsity, length)
         return denoising, sparsity
+
+    def _stop_tokens(self, params: SamplingParams) -> list[int]:
+        """EOS and the request's own, as far as the model knows them; not all that it knows."""
+        vocab_size = self.model_config.get_vocab_size()
+        stops = [token for token in params.all_stop_token_ids if 0 <= token < vocab_size]
+        mask = self.model_config.hf_config.mask_token_id
+        if params.min_tokens and len({*stops, mask}) >= vocab_size:
+            raise BadRequest(
+                "stop_token_ids",
+                f"{len(stops)} tokens",
+                "less than the whole vocabulary when min_tokens is set",
+                "Leave a token that the text may begin with.",
+            )
+        return stops
 
     def _check_table(self, sparsity: Sparsity, length: int) -> None:
         """A request's table must fit the memory that was set aside for its tokens."""
@@ -113,37 +144,70 @@ class RequestRefused(VLLMValidationError, ValueError):
     """vLLM's validation error, which becomes HTTP 400, and the ValueError that Python expects."""
 
     def __init__(self, error: BadRequest) -> None:
-        VLLMValidationError.__init__(self, str(error), parameter=error.field, value=error.value)
+        VLLMValidationError.__init__(
+            self, str(error), parameter=error.field, value=shown(error.value)
+        )
 
 
-def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+def check_request(
+    vllm_config: VllmConfig, request: EngineCoreRequest, asked: SamplingParams | PoolingParams
+) -> None:
     """Refuse a request that cannot be served as it asks.
 
+    asked: its parameters before vLLM filled in what they leave open
     Raises RequestRefused, which names field, value, range and remedy.
     """
     try:
-        _check_kind(request)
-        assert request.sampling_params is not None
+        _check_kind(request, asked)
+        assert request.sampling_params is not None and isinstance(asked, SamplingParams)
         _check_served(request.sampling_params)
         prompt = request.prompt_token_ids or []
+        reader = RequestReader(vllm_config)
         # First the length: what is read afterwards takes time in proportion to it.
-        _check_prompt(vllm_config.model_config, prompt, request.sampling_params)
-        RequestReader(vllm_config).read(request.sampling_params, len(prompt))
+        _settle_length(reader, request.sampling_params, asked)
+        _check_prompt(reader.model_config, prompt, request.sampling_params)
+        reader.read(request.sampling_params, len(prompt))
     except BadRequest as error:
         raise RequestRefused(error) from error
 
 
-def _check_kind(request: EngineCoreRequest) -> None:
-    if request.sampling_params is None:
+def _check_kind(request: EngineCoreRequest, asked: SamplingParams | PoolingParams) -> None:
+    if not isinstance(asked, SamplingParams):
         raise BadRequest("pooling_params", "set", "absent", "These models generate text only.")
+    if _is_beam(asked):
+        allowed = "absent: a beam grows left to right, places are not filled so"
+        raise BadRequest("beam search", "a beam", allowed, "Use n and a temperature for samples.")
     if request.resumable:
         raise BadRequest("resumable", True, "False", "Send each input as a request of its own.")
     if request.prompt_embeds is not None:
         raise BadRequest("prompt_embeds", "set", "absent", "Send token ids or text.")
 
 
+def _is_beam(params: SamplingParams) -> bool:
+    """Whether vLLM's beam search made the request, one for each token of each beam.
+
+    Nothing says so, but this is what they hold, and nobody else is likely to ask for it.
+    """
+    lone = params.max_tokens == 1 and not params.detokenize and params.watermarking is False
+    return lone and (params.logprobs or 0) > 1
+
+
+def _check_types(params: SamplingParams) -> None:
+    """What Python's SamplingParams lets through, but the engine cannot be sent."""
+    for name in _INTEGERS:
+        value = getattr(params, name)
+        if value is None:
+            continue
+        if not isinstance(value, Integral) or not -(2**63) <= int(value) < 2**63:
+            raise BadRequest(name, value, "an integer of 64 bits", "Leave it out.")
+    for stop in params.stop or ():
+        if stop.encode(errors="ignore").decode() != stop:
+            raise BadRequest("stop", stop, "text", "Remove the half of a surrogate pair.")
+
+
 def _check_served(params: SamplingParams) -> None:
     """Every sampling parameter that denoising does not honour must keep its default."""
+    _check_types(params)
     for field in msgspec.structs.fields(SamplingParams):
         if field.name.startswith("_") or field.name in SERVED_FIELDS:
             continue
@@ -155,6 +219,15 @@ def _check_served(params: SamplingParams) -> None:
                 f"absent or {field.default} for a diffusion language model",
                 _REMEDIES.get(field.name, "Denoising does not use it; leave it out."),
             )
+
+
+def _settle_length(reader: RequestReader, params: SamplingParams, asked: SamplingParams) -> None:
+    """Make the canvas as long as asked for, or as the default where `asked` leaves it open."""
+    assert params.max_tokens is not None, "vLLM filled in what is left of the context"
+    if asked.max_tokens is None:
+        default = reader.model_config.hf_config.default_max_tokens
+        params.max_tokens = min(default, params.max_tokens)
+    reader.limits.check_length(params.max_tokens)
 
 
 def _check_prompt(model_config: ModelConfig, prompt: Sequence[int], params: SamplingParams) -> None:

@@ -8,7 +8,8 @@ are neither written nor read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
@@ -207,21 +208,36 @@ class SparsedImpl(AttentionImpl):
         for run in attn_metadata.dense:
             self._dense(query, key, value, run, output)
         for run, pattern in attn_metadata.recording:
-            self._record(query, key, value, run, pattern, index, output)
+            with _confined_to(output[run.tokens]):
+                self._record(query, key, value, run, pattern, index, output)
         for tokens, pattern in attn_metadata.sparse:
-            kept, num_kept, rows = pattern.of_layer(index)
-            api.block_sparse_attention(
-                query[tokens],
-                key[tokens],
-                value[tokens],
-                pattern.blocks,
-                kept,
-                num_kept,
-                rows,
-                scale=self.scale,
-                out=output[tokens],
-            )
+            with _confined_to(output[tokens]):
+                self._follow(query, key, value, tokens, pattern, index, output)
         return output
+
+    def _follow(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tokens: slice,
+        pattern: Pattern,
+        layer: int,
+        out: Tensor,
+    ) -> None:
+        """Attend to the key blocks that `pattern` holds."""
+        kept, num_kept, rows = pattern.of_layer(layer)
+        api.block_sparse_attention(
+            q[tokens],
+            k[tokens],
+            v[tokens],
+            pattern.blocks,
+            kept,
+            num_kept,
+            rows,
+            scale=self.scale,
+            out=out[tokens],
+        )
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, return_lse: bool = False
@@ -245,6 +261,20 @@ class SparsedImpl(AttentionImpl):
             scale=self.scoring_scale or self.scale,
         )
         api.select_blocks(scores, gen_scores, pattern.blocks, *pattern.of_layer(layer))
+
+
+@contextmanager
+def _confined_to(output: Tensor) -> Iterator[None]:
+    """Let what goes wrong with one request's attention be the end of that request only.
+
+    Its output becomes NaN and so do its logits, on all ranks, for which the scheduler ends it. A
+    device that has failed as a whole raises again here, and the engine stops.
+    """
+    try:
+        yield
+    except Exception:
+        logger.exception("The attention of one request failed; it ends, the others go on.")
+        output.fill_(torch.nan)
 
 
 DenseKernel = Callable[[Tensor, Tensor, Tensor, Run, float, Tensor, bool], Tensor | None]

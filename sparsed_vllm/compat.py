@@ -14,14 +14,19 @@ SEAMS = {
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("request",),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("throttle_prefills",),
     "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule": ("scheduler_output",),
+    "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": ("request_ids", "finished_status"),
+    "vllm.v1.core.sched.scheduler:Scheduler.pause_state": None,
+    "vllm.v1.core.sched.request_queue:create_request_queue": None,
+    "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("requests",),
+    "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("requests",),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_with_output": (
         "request",
         "new_token_ids",
         "is_stale",
-    ),
-    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
-        "scheduler_output",
-        "model_runner_output",
     ),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("request", "delay_free_blocks"),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": None,

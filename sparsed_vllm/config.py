@@ -3,7 +3,7 @@
 """SparseD's settings: an engine's defaults, and what one request makes of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sparsed_vllm.crossover import UNMEASURED
@@ -38,16 +38,21 @@ class SparseConfig:
     @classmethod
     def of(cls, additional_config: object) -> "SparseConfig":
         """The settings under the key `sparsed`. Raises BadRequest (a ValueError)."""
-        given = additional_config.get("sparsed", {}) if isinstance(additional_config, dict) else {}
-        known = [field.name for field in fields(cls)]
-        if not isinstance(given, Mapping):
-            raise BadRequest("sparsed", given, "a mapping", f"Its keys are {', '.join(known)}.")
-        for name, value in given.items():
-            if name not in known:
-                allowed = f"absent; the keys are {', '.join(known)}"
-                raise BadRequest(f"sparsed.{name}", value, allowed, "Leave it out.")
-        parsed = {key: _FIELDS[key].parse(f"sparsed.{key}", given[key]) for key in given}
-        return replace(cls(), **parsed)
+        return cls(**read_section("sparsed", additional_config, _FIELDS))
+
+
+def read_section(
+    section: str, additional_config: object, known: Mapping[str, Field]
+) -> dict[str, Any]:
+    """What an operator set in one section of vLLM's additional_config. Raises BadRequest."""
+    given = additional_config.get(section, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(given, Mapping):
+        raise BadRequest(section, given, "a mapping", f"Its keys are {', '.join(known)}.")
+    for name, value in given.items():
+        if name not in known:
+            allowed = f"absent; the keys are {', '.join(known)}"
+            raise BadRequest(f"{section}.{name}", value, allowed, "Leave it out.")
+    return {name: known[name].parse(f"{section}.{name}", given[name]) for name in given}
 
 
 @dataclass(frozen=True)

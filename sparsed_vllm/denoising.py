@@ -3,15 +3,18 @@
 """One request's denoising, from its first step to its last, whatever runs the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsed_vllm.canvas import Canvas
 from sparsed_vllm.config import Sparsity
+from sparsed_vllm.logprobs import LogprobRecord, TokenScores
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Phase, Schedule, phase_of, resume_step
 from sparsed_vllm.unmasking import (
+    Forbidden,
     choose_places,
     choose_tokens,
     draw_places,
@@ -21,6 +24,21 @@ from sparsed_vllm.unmasking import (
 
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads (seed, step) over all seeds
 _LARGEST_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class FinalTokens:
+    """Tokens of a request that will not change any more.
+
+    tokens int64 [width];  count int64 [], on the device: how many of them there are
+    has_failed bool [], on the device: whether they, or what comes after them, are worth nothing
+    scores: of the same width; None if the request did not ask
+    """
+
+    tokens: Tensor
+    count: Tensor
+    has_failed: Tensor
+    scores: TokenScores | None = None
 
 
 class Denoising:
@@ -51,7 +69,10 @@ class Denoising:
     ) -> None:
         self.params = params
         self.sparsity = sparsity
-        self.mask_token_id = mask_token_id
+        self._forbidden = Forbidden(
+            mask_token_id,
+            torch.tensor(params.stop_tokens, dtype=torch.int64, device=generator.device),
+        )
         self.schedule = Schedule.of(params)
         self.step = resume_step(self.schedule, num_final, sparsity is not None)
         num_filled = num_final if self.step else 0
@@ -61,6 +82,12 @@ class Denoising:
             torch.arange(len(tokens), device=generator.device) >= num_filled,
             params.block_length,
         )
+        self._record = None
+        if params.logprobs is not None:
+            self._record = LogprobRecord(
+                len(tokens), params.logprobs, mask_token_id, generator.device
+            )
+        self._has_failed = torch.zeros((), dtype=torch.bool, device=generator.device)
         self.num_taken = torch.tensor(num_final, device=generator.device)
         self._seed = seed
         self._generator = generator
@@ -109,12 +136,22 @@ class Denoising:
         places: what `open_places` returned;  logits [len(places), vocab], any float type
         """
         if len(places):
+            # The largest of a row is a number unless one of the row is none, or infinite.
+            self._has_failed = self._has_failed | ~logits.amax(-1).isfinite().all()
             self._generator.manual_seed((self._seed + self.step * _GOLDEN_RATIO) & _LARGEST_SEED)
             tokens, confidence = choose_tokens(
-                logits, self.params, self.mask_token_id, self._generator
+                logits, self.params, self._forbidden_at(places), self._generator
             )
-            self.canvas.fill(places, tokens, self._choose(places >= 0, confidence))
+            chosen = self._choose(places >= 0, confidence)
+            self.canvas.fill(places, tokens, chosen)
+            if self._record is not None:
+                self._record.note(logits, places, tokens, self._rows_of(chosen))
         self.step += 1
+
+    def _forbidden_at(self, places: Tensor) -> Forbidden:
+        if not self.params.stop_tokens:
+            return self._forbidden
+        return replace(self._forbidden, early=places < self.params.min_tokens)
 
     def _choose(self, is_open: Tensor, confidence: Tensor) -> Tensor:
         """Which of the open places this step fills; bool like `is_open`."""
@@ -126,21 +163,25 @@ class Denoising:
         confidence = confidence.masked_fill(~is_open, float("-inf"))
         return choose_places(confidence, count, self.params, self._generator)
 
-    def take_final(self) -> tuple[Tensor, Tensor]:
-        """The tokens that became final and were not handed out yet.
+    def _rows_of(self, chosen: Tensor) -> Tensor:
+        """Which rows of bool `chosen` are True, as many as can be; -1 beyond the last."""
+        most = self._counts[self.step] if self._pace_is_known else len(chosen)
+        return torch.nonzero_static(chosen, size=most, fill_value=-1).squeeze(-1)
 
-        Returns int64 [width] and, on the device, how many of them count.
-        """
+    def take_final(self) -> FinalTokens:
+        """The tokens that became final and were not handed out yet."""
         if not self._may_finish_block():
-            return self.canvas.tokens[:0], torch.zeros_like(self.num_taken)
+            none = self.canvas.tokens[:0]
+            return FinalTokens(none, torch.zeros_like(self.num_taken), self._has_failed)
         # A request that starts over does not hand out twice what it handed out before.
         num_final = torch.maximum(self._num_final(), self.num_taken)
         width = self.params.block_length if self.params.early_stop else self.params.num_tokens
         places = self.num_taken + torch.arange(width, device=num_final.device)
-        taken = self.canvas.tokens[places.clamp(max=self.canvas.num_tokens - 1)]
+        places = places.clamp(max=self.canvas.num_tokens - 1)
         count = num_final - self.num_taken
         self.num_taken = num_final
-        return taken, count
+        scores = self._record.of(places) if self._record is not None else None
+        return FinalTokens(self.canvas.tokens[places], count, self._has_failed, scores)
 
     def _may_finish_block(self) -> bool:
         """Whether the step just run can have finished a block (without early stop: the canvas)."""

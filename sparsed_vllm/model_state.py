@@ -158,7 +158,7 @@ class DenoisingModelState(ModelState):
     def largest_tables(self) -> Tensor:
         """As much memory as the tables of all running requests can take together.
 
-        Their tokens fit the token budget, since every step runs all of them.
+        The scheduler admits no more tokens of sparse requests than a step has.
         """
         config = self.reader.sparse_config
         ids = config.table_ids * self.max_num_tokens if config else 0

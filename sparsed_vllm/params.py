@@ -26,6 +26,8 @@ class DenoisingParams:
     alg_temp: Dream's randomness in the choice of places (0: none)
     eps: Dream's last timestep
     early_stop: give out blocks as they finish, so that EOS ends the request
+    min_tokens: places, from the first, that take none of `stop_tokens`
+    logprobs: alternatives to report beside each token's log probability; None: report nothing
     """
 
     num_tokens: int
@@ -39,13 +41,34 @@ class DenoisingParams:
     alg_temp: float = 0.0
     eps: float = 1e-3
     early_stop: bool = True
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+
+_MOST_SHOWN = 500  # characters of a bad value that an error repeats
+
+
+def shown(value: object) -> str:
+    """`value` as an error may repeat it: not without end."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"{type(value).__name__} of many digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def shown_name(name: object) -> str:
+    """The same for the name of a parameter, which needs no quotes."""
+    text = str(name)[:_MOST_SHOWN]
+    return text.encode(errors="backslashreplace").decode()  # JSON may hold half a surrogate pair
 
 
 class BadRequest(ValueError):
     """A request parameter that cannot be served; the message says what would be."""
 
     def __init__(self, field: str, value: object, allowed: str, remedy: str) -> None:
-        super().__init__(f"{field} must be {allowed}, got {value!r}. {remedy}")
+        super().__init__(f"{field} must be {allowed}, got {shown(value)}. {remedy}")
         self.field = field
         self.value = value
 
@@ -95,7 +118,7 @@ def number(value: Any) -> float:
 
 
 def flag(value: Any) -> bool:
-    if value not in (0, 1) or isinstance(value, float):
+    if not isinstance(value, int) or value not in (0, 1):
         raise ValueError
     return bool(value)
 
@@ -106,15 +129,22 @@ def word(value: Any) -> str:
     return value
 
 
-def request_fields(family: Family, num_tokens: int) -> dict[str, Field]:
-    """The parameters a request to `family` may hold when it generates `num_tokens`."""
-    most_steps = MAX_STEPS_PER_TOKEN * num_tokens
+def request_fields(
+    family: Family, num_tokens: int, max_steps: int | None = None
+) -> dict[str, Field]:
+    """The parameters a request to `family` may hold when it generates `num_tokens`.
+
+    max_steps: the operator's limit, if there is one
+    """
+    most_steps, reason = MAX_STEPS_PER_TOKEN * num_tokens, f"{MAX_STEPS_PER_TOKEN} * max_tokens"
+    if max_steps is not None and max_steps < most_steps:
+        most_steps, reason = max_steps, "this server's limit"
     fields = {
         "steps": Field(
             integer,
             lambda n: 1 <= n <= most_steps,
-            f"an integer in [1, {most_steps}] ({MAX_STEPS_PER_TOKEN} * max_tokens)",
-            "Leave it out for one step a token.",
+            f"an integer in [1, {most_steps}] ({reason})",
+            "Leave it out for one step a token, if that many are allowed.",
         ),
         "block_length": Field(
             integer,
@@ -173,18 +203,32 @@ def parse_params(
     ignore_eos: bool,
     extra_args: Mapping[str, Any],
     also_known: Collection[str] = (),
+    min_tokens: int = 0,
+    stop_tokens: Collection[int] = (),
+    logprobs: int | None = None,
+    max_steps: int | None = None,
 ) -> DenoisingParams:
     """The denoising that a request asks for.
 
-    temperature, top_p, top_k, ignore_eos: vLLM's sampling parameters
+    temperature, top_p, top_k, ignore_eos, min_tokens, logprobs: vLLM's sampling parameters
+    stop_tokens: EOS and the request's own, whether or not EOS is ignored
+    max_steps: the most steps that the operator allows, if there is a limit
     extra_args: the parameters of `request_fields`, as the client sent them
     also_known: parameters in `extra_args` that are not for us
     Raises BadRequest naming the first field that cannot be served.
     """
-    given = _parse_fields(family, max_tokens, extra_args, also_known)
+    fields = request_fields(family, max_tokens, max_steps)
+    given = _parse_fields(family, fields, extra_args, also_known)
+    if min_tokens > max_tokens:
+        raise BadRequest(
+            "min_tokens", min_tokens, f"at most {max_tokens} (max_tokens)", "Lower it."
+        )
+    if logprobs is not None and logprobs < 0:
+        allowed = "a number of alternatives, 0 or more"
+        raise BadRequest("logprobs", logprobs, allowed, "Ask for the likeliest ones only.")
     _check_sampling(family, temperature, top_p, top_k)
     block_length = given.get("block_length", max_tokens)
-    steps = given.get("steps", max_tokens)
+    steps = given.get("steps", min(max_tokens, max_steps or max_tokens))
     num_blocks = math.ceil(max_tokens / block_length)
     if steps < num_blocks:
         raise BadRequest(
@@ -209,18 +253,23 @@ def parse_params(
         alg_temp=given.get("alg_temp", 0.0),
         eps=given.get("eps", 1e-3),
         early_stop=given.get("early_stop", True),
+        min_tokens=min_tokens,
+        stop_tokens=tuple(sorted(stop_tokens)) if min_tokens else (),
+        logprobs=logprobs,
     )
 
 
 def _parse_fields(
-    family: Family, max_tokens: int, extra_args: Mapping[str, Any], also_known: Collection[str]
+    family: Family,
+    fields: Mapping[str, Field],
+    extra_args: Mapping[str, Any],
+    also_known: Collection[str],
 ) -> dict[str, Any]:
-    fields = request_fields(family, max_tokens)
     for name in extra_args:
         if name not in fields and name not in also_known:
             known = ", ".join(sorted({*fields, *also_known}))
             allowed = f"absent for a {family.name} model, which knows {known}"
-            raise BadRequest(str(name), extra_args[name], allowed, "Leave it out.")
+            raise BadRequest(shown_name(name), extra_args[name], allowed, "Leave it out.")
     return {
         name: fields[name].parse(name, extra_args[name]) for name in fields if name in extra_args
     }

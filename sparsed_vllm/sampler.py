@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from sparsed_vllm.denoising import FinalTokens
+from sparsed_vllm.logprobs import TokenScores
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.unmasking import choose_tokens, rows_at_once
+from sparsed_vllm.unmasking import Forbidden, choose_tokens, rows_at_once
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -71,13 +75,16 @@ class DenoisingSampler:
         tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
         some = largest[: rows_at_once(logits.shape[-1])]
-        choose_tokens(some, COSTLIEST, self.state.mask_token_id, self.state.generator)
+        forbidden = Forbidden(self.state.mask_token_id)
+        choose_tokens(some, COSTLIEST, forbidden, self.state.generator)
         del tables
 
-    def _advance(self, turn: Turn | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that became final, int64 [width], and how many of them count, int64 []."""
+    def _advance(self, turn: Turn | None, rows: Tensor) -> FinalTokens:
+        """The tokens of one request that became final in this step."""
         if turn is None:
-            return rows.new_empty(0, dtype=torch.int64), rows.new_zeros((), dtype=torch.int64)
+            none = rows.new_empty(0, dtype=torch.int64)
+            zero = rows.new_zeros((), dtype=torch.int64)
+            return FinalTokens(none, zero, zero.bool())
         turn.denoising.advance(turn.places, rows)
         return turn.denoising.take_final()
 
@@ -95,16 +102,39 @@ class DenoisingSampler:
         prompt_len = req_states.prompt_len.gpu[slots]
         req_states.total_len.gpu[slots] = prompt_len + num_taken.to(prompt_len.dtype)
 
-    def _output(self, taken: list[tuple[Tensor, Tensor]], input_batch: InputBatch) -> SamplerOutput:
+    def _output(self, taken: list[FinalTokens], input_batch: InputBatch) -> SamplerOutput:
         """Pad the requests' tokens to one width, and tell the runner that nothing is cached."""
-        tokens, counts = zip(*taken, strict=True)
         starts = input_batch.query_start_loc[: len(taken) + 1]
-        width = max(1, *(len(part) for part in tokens))
+        width = max(1, *(len(final.tokens) for final in taken))
+        tokens = [F.pad(final.tokens, (0, width - len(final.tokens))) for final in taken]
         return SamplerOutput(
-            sampled_token_ids=torch.stack([F.pad(part, (0, width - len(part))) for part in tokens]),
-            logprobs_tensors=None,
-            num_nans=None,
-            num_sampled=torch.stack(counts).int(),
+            sampled_token_ids=torch.stack(tokens),
+            logprobs_tensors=_join_scores([final.scores for final in taken]),
+            num_nans=torch.stack([final.has_failed for final in taken]).int(),
+            num_sampled=torch.stack([final.count for final in taken]).int(),
             # All of the query, so that the next step computes the whole sequence again.
             num_rejected=starts.diff(),
         )
+
+
+def _join_scores(scores: list[TokenScores | None]) -> LogprobsTensors | None:
+    """The scores of a batch in vLLM's form: rows of all requests, padded to one width.
+
+    Those of request i begin at row cu_num_generated_tokens[i]; there may be more of them than
+    tokens that count. None if no request has any.
+    """
+    given = [part for part in scores if part is not None]
+    if not given:
+        return None
+    width = max(part.token_ids.shape[1] for part in given)
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+
+    lengths = [0 if part is None else len(part.ranks) for part in scores]
+    return LogprobsTensors(
+        padded([part.token_ids for part in given]),
+        padded([part.logprobs for part in given]),
+        torch.cat([part.ranks for part in given]),
+        list(accumulate(lengths, initial=0)),
+    )

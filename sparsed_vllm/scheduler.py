@@ -3,15 +3,21 @@
 """vLLM's scheduler, taught that a request is its prompt and a canvas, computed whole each step."""
 
 import logging
+import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -19,18 +25,29 @@ from sparsed_vllm.admission import RequestReader
 from sparsed_vllm.config import reason_for
 from sparsed_vllm.metrics import report
 from sparsed_vllm.tally import Progress, TableCount, Tally
+from sparsed_vllm.turns import Claim, Room, take_turns
 
 logger = init_logger("vllm.sparsed.requests")
 
+_MOST_WAITING = 512  # requests of the queue's front that are considered for a step
+
+NOT_NUMBERS = "logits that are not numbers"
+"""Why a request ends with finish reason `error`."""
+
 
 class DenoisingScheduler(Scheduler):
-    """Deltas to vLLM's scheduler; admission, pages, preemption and fairness stay its own.
+    """Deltas to vLLM's scheduler; admission, pages and preemption stay its own.
 
     A request's masks stand behind its prompt from the start, so that pages and token budget
     count the whole sequence and vLLM never splits it (chunked prefill is off). After each step
     the request is back at zero computed tokens. Steps are counted here, so that with async
     scheduling no step is sent beyond a request's last.
+
+    Requests may outgrow the token budget together: turns.py says who takes part in a step, and
+    vLLM is shown only those.
     """
+
+    waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,6 +57,7 @@ class DenoisingScheduler(Scheduler):
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
         self.progress: WeakKeyDictionary[Request, Progress] = WeakKeyDictionary()
         self.tally = Tally()
+        self.shortest_first = True  # in the coming step, if not everybody fits
 
     def add_request(self, request: Request) -> None:
         """Queue a request with its canvas; unseeded ones get a seed that all workers share."""
@@ -61,11 +79,73 @@ class DenoisingScheduler(Scheduler):
         return Progress.of(*self.reader.read(params, request.num_prompt_tokens), reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        chosen = self._take_turns()
+        taking_part = set(chosen)
         for request in self.running:
-            if self.progress[request].steps_left <= 0:
-                # All its steps are in flight. schedule() counts current_step up before it looks.
+            if request not in taking_part:
+                # schedule() counts current_step up before it looks.
                 request.next_decode_eligible_step = self.current_step + 2
-        return super().schedule(throttle_prefills)
+        with self._showing(
+            [request for request in chosen if request.status is not RequestStatus.RUNNING]
+        ):
+            return super().schedule(throttle_prefills)
+
+    def _take_turns(self) -> list[Request]:
+        """Who takes part in the coming step, in the order of admission.
+
+        Requests with all their steps in flight do not.
+        """
+        able = [request for request in self.running if self.progress[request].steps_left > 0]
+        if self.pause_state is PauseState.UNPAUSED:
+            able += islice(self.waiting, _MOST_WAITING)
+        claims = [self._claim(request) for request in able]
+        granted = take_turns(claims, self._room(), shortest_first=self.shortest_first)
+        if len(granted) < len(claims):
+            self.shortest_first = not self.shortest_first
+        return [claim.request for claim in granted]
+
+    def _claim(self, request: Request) -> Claim:
+        return Claim(
+            request,
+            request.num_tokens,
+            request.arrival_time,
+            priority=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
+            is_running=request.status is RequestStatus.RUNNING,
+            pages=-(-request.num_tokens // self.block_size),
+            table_tokens=self._table_tokens(request),
+        )
+
+    def _room(self) -> Room:
+        """What the coming step can hold.
+
+        Memory profiling set tables aside for as many tokens as a step has. With nothing running,
+        pages are vLLM's to judge: its reserve does not count then.
+        """
+        budget = self.max_num_scheduled_tokens
+        manager = self.kv_cache_manager
+        free = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
+        tables = sum(self._table_tokens(request) for request in self.running)
+        seats = self.max_num_running_reqs - len(self.running)
+        return Room(budget, seats, free if self.running else math.inf, budget - tables)
+
+    def _table_tokens(self, request: Request) -> int:
+        """The tokens whose key blocks its table lists."""
+        return request.num_tokens if self.progress[request].sparsity else 0
+
+    @contextmanager
+    def _showing(self, chosen: list[Request]) -> Iterator[None]:
+        """Let vLLM see no other waiting requests than `chosen`, in that order."""
+        everyone = self.waiting
+        everyone.remove_requests(chosen)
+        self.waiting = create_request_queue(SchedulingPolicy.FCFS)
+        for request in chosen:
+            self.waiting.add_request(request)
+        try:
+            yield
+        finally:
+            # Those that were not admitted after all, and those that were preempted.
+            everyone.prepend_requests(reversed(list(self.waiting)))
+            self.waiting = everyone
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
@@ -81,11 +161,24 @@ class DenoisingScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         self._note_tables(model_runner_output)
+        failed = self._end_failed(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(_failure_of(request))
         for output in outputs.values():
             if output.scheduler_stats is not None:
                 report(self.tally, self._table_bytes(), output.scheduler_stats)
         return outputs
+
+    def _end_failed(self, model_runner_output: ModelRunnerOutput) -> list[Request]:
+        """End the requests whose logits were no numbers; the others of the step go on."""
+        num_nans = model_runner_output.num_nans_in_logits or {}
+        bad = [req_id for req_id, count in num_nans.items() if count]
+        failed = self.finish_requests(bad, RequestStatus.FINISHED_ERROR)
+        for request in failed:
+            logger.error("Request %s failed: %s.", request.request_id, NOT_NUMBERS)
+        return failed
 
     def _note_tables(self, model_runner_output: ModelRunnerOutput) -> None:
         """Count the tables that a step recorded; see recorded_tables.py for their way here."""
@@ -138,3 +231,16 @@ class DenoisingScheduler(Scheduler):
         """Fill the sequence up to its full length with masks, in place: vLLM holds views of it."""
         missing = request.num_prompt_tokens + request.max_tokens - request.num_tokens
         request._all_token_ids.extend([self.mask_token_id] * missing)
+
+
+def _failure_of(request: Request) -> EngineCoreOutput:
+    """What the client of a request that failed is told."""
+    return EngineCoreOutput(
+        request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=NOT_NUMBERS,
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+        num_nans_in_logits=1,
+    )

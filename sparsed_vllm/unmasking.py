@@ -5,7 +5,10 @@
 One request at a time, so that a request's tokens cannot depend on its batch mates.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -16,19 +19,49 @@ from sparsed_vllm.phases import Block, even_share
 _ELEMENTS_AT_ONCE = 1 << 25  # rows x vocabulary worked on together: 256 MiB in float64
 
 
+@dataclass(frozen=True)
+class Forbidden:
+    """Tokens that places may not take. They count in the softmax of the logits all the same.
+
+    mask_token_id: taken nowhere
+    stop_tokens int64 [n]: not taken by the rows in `early`; None with it
+    early bool [rows]: places at which the text may not end yet; None: there are none
+    """
+
+    mask_token_id: int
+    stop_tokens: Tensor | None = None
+    early: Tensor | None = None
+
+    def of_rows(self, num_rows: int) -> Iterator["Forbidden"]:
+        """The same for each `num_rows` rows, in order; without end if no row is early."""
+        if self.early is None:
+            return repeat(self)
+        return (replace(self, early=early) for early in self.early.split(num_rows))
+
+    def out_of(self, scores: Tensor) -> Tensor:
+        """`scores` [rows, vocab] with these tokens out of reach."""
+        scores = scores.clone()
+        scores[:, self.mask_token_id] = float("-inf")
+        if self.early is not None:
+            barred = scores[:, self.stop_tokens].masked_fill(self.early[:, None], float("-inf"))
+            scores[:, self.stop_tokens] = barred
+        return scores
+
+
 def choose_tokens(
-    logits: Tensor, params: DenoisingParams, mask_token_id: int, generator: torch.Generator
+    logits: Tensor, params: DenoisingParams, forbidden: Forbidden, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The token each row would be filled with, and how sure that is.
 
-    logits [rows, vocab], any float type; the mask token is never chosen, but counts in softmax
+    logits [rows, vocab], any float type;  forbidden: tokens that are not chosen
     generator: on the device of `logits`; read only where `params` asks for randomness
     Returns tokens int64 [rows] and confidence float32 [rows], higher is surer.
     """
     choose = _choose_llada if params.policy in ("low_confidence", "random") else _choose_dream
+    num_rows = rows_at_once(logits.shape[-1])
     parts = [
-        choose(part.float(), params, mask_token_id, generator)
-        for part in logits.split(rows_at_once(logits.shape[-1]))
+        choose(part.float(), params, barred, generator)
+        for part, barred in zip(logits.split(num_rows), forbidden.of_rows(num_rows), strict=False)
     ]
     tokens, confidences = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(confidences)
@@ -40,31 +73,31 @@ def rows_at_once(vocab_size: int) -> int:
 
 
 def _choose_llada(
-    logits: Tensor, params: DenoisingParams, mask_token_id: int, generator: torch.Generator
+    logits: Tensor, params: DenoisingParams, forbidden: Forbidden, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Gumbel-max tokens; confidence is their probability without noise, or random.
 
     Source: generate in ML-GSAI/LLaDA generate.py.
     """
-    tokens = _without(_gumbel(logits, params.temperature, generator), mask_token_id).argmax(-1)
+    tokens = forbidden.out_of(_gumbel(logits, params.temperature, generator)).argmax(-1)
     if params.policy == "random":
         return tokens, _uniform(tokens, generator).float()
     return tokens, _pick(logits.softmax(-1), tokens)
 
 
 def _choose_dream(
-    logits: Tensor, params: DenoisingParams, mask_token_id: int, generator: torch.Generator
+    logits: Tensor, params: DenoisingParams, forbidden: Forbidden, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Tokens from the tempered, truncated softmax; confidence as `alg` has it.
 
     Source: sample_tokens in DreamLM/Dream generation_utils.py.
     """
     if params.temperature > 0:
-        logits = _without(logits, mask_token_id) / params.temperature
+        logits = forbidden.out_of(logits) / params.temperature
         logits = _keep_top_k(_keep_top_p(logits, params.top_p), params.top_k)
         tokens = _gumbel(logits, 1.0, generator).argmax(-1)
     else:
-        tokens = _without(logits, mask_token_id).argmax(-1)
+        tokens = forbidden.out_of(logits).argmax(-1)
     probs = logits.softmax(-1)
     if params.policy == "topk_margin":
         best, second = probs.topk(2, dim=-1).values.unbind(-1)
@@ -72,13 +105,6 @@ def _choose_dream(
     if params.policy == "entropy":
         return tokens, (probs * (probs + 1e-10).log()).sum(-1)
     return tokens, _pick(probs, tokens)
-
-
-def _without(scores: Tensor, token_id: int) -> Tensor:
-    """`scores` [rows, vocab] with `token_id` out of reach."""
-    scores = scores.clone()
-    scores[:, token_id] = float("-inf")
-    return scores
 
 
 def _pick(probs: Tensor, tokens: Tensor) -> Tensor:

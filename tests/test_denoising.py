@@ -47,8 +47,8 @@ def take_step(denoising, network, shift):
     places = denoising.open_places()
     logits = network(ids[None])[0][len(PROMPT) - shift + places.clamp(min=0)]
     denoising.advance(places, logits)
-    tokens, count = denoising.take_final()
-    return tokens[:count].tolist()
+    final = denoising.take_final()
+    return final.tokens[: final.count].tolist()
 
 
 def run(family, networks, **request):
@@ -146,6 +146,6 @@ def test_logits_that_are_not_numbers_still_end_the_request():
     while not denoising.is_over:
         places = denoising.open_places()
         denoising.advance(places, torch.full((len(places), 320), torch.nan))
-        tokens, count = denoising.take_final()
-        handed_out += tokens[:count].tolist()
+        final = denoising.take_final()
+        handed_out += final.tokens[: final.count].tolist()
     assert len(handed_out) == 4

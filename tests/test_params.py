@@ -5,9 +5,11 @@
 import math
 
 import pytest
+import torch
 
+from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, choose_sparsity
 from sparsed_vllm.families import DREAM, LLADA
-from sparsed_vllm.params import BadRequest, parse_params
+from sparsed_vllm.params import BadRequest, parse_params, request_fields
 
 NUMBERS = [0, -1, 1.5, "8", True, None, [4], math.nan, 10**9]
 
@@ -20,6 +22,8 @@ def parse(family=LLADA, *, max_tokens=32, temperature=0.0, top_p=1.0, top_k=0, *
         top_p=top_p,
         top_k=top_k,
         ignore_eos=rest.pop("ignore_eos", False),
+        min_tokens=rest.pop("min_tokens", 0),
+        stop_tokens=rest.pop("stop_tokens", ()),
         extra_args=rest,
     )
 
@@ -89,6 +93,56 @@ def test_a_value_out_of_range_is_refused_by_name(family, field, value):
     assert repr(value) in str(error)
 
 
+def endless():
+    value = []
+    value.append(value)
+    return value
+
+
+NASTY = [
+    None,
+    math.nan,
+    -math.inf,
+    10**5000,
+    -(10**400),
+    1j,
+    "",
+    "x" * 10**6,
+    "\ud800",
+    "\0",
+    b"8",
+    [[1]],
+    [1, "a", None],
+    endless(),
+    {"steps": 1},
+    {1, 2},
+    object(),
+    torch.ones(3),
+    lambda: None,
+]
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM], ids=lambda family: family.name)
+def test_no_value_of_any_parameter_causes_any_other_error(family):
+    names = (*request_fields(family, 32), *REQUEST_FIELDS, "stepz", "\ud800", "x" * 10**6, 5)
+    for name in names:
+        for value in NASTY:
+            with pytest.raises(BadRequest) as refused:
+                parse_params(
+                    family,
+                    max_tokens=32,
+                    temperature=0.0,
+                    top_p=1.0,
+                    top_k=0,
+                    ignore_eos=False,
+                    extra_args={name: value},
+                    also_known=REQUEST_FIELDS,
+                )
+                choose_sparsity(SparseConfig(), {name: value}, 100)
+            assert len(str(refused.value)) < 2000
+            assert str(refused.value).encode()
+
+
 @pytest.mark.parametrize(
     ("family", "field"), [(LLADA, "alg"), (LLADA, "eps"), (DREAM, "remasking"), (LLADA, "stepz")]
 )
@@ -111,6 +165,12 @@ def test_llada_does_not_truncate(sampling):
 @pytest.mark.parametrize("temperature", [-1, 101, math.nan, math.inf])
 def test_a_temperature_out_of_range_is_refused(temperature):
     assert refusal(temperature=temperature).field == "temperature"
+
+
+def test_min_tokens_is_at_most_max_tokens():
+    assert refusal(min_tokens=33).field == "min_tokens"
+    assert parse(min_tokens=32, stop_tokens={5, 3}).stop_tokens == (3, 5)
+    assert parse(stop_tokens={5, 3}).stop_tokens == ()
 
 
 def test_early_stop_contradicts_ignore_eos():

@@ -8,13 +8,18 @@ import pickle
 
 import msgspec
 import pytest
+import torch
 import vllm
 from vllm import SamplingParams
+from vllm.entrypoints.generate.beam_search import offline, online
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
@@ -152,6 +157,44 @@ def test_requests_have_the_fields_that_the_scheduler_sets():
     assert request.num_output_tokens == 0
     assert request.next_decode_eligible_step == 0
     assert "num_sampled_tokens_per_step" in inspect.getsource(Scheduler.schedule)
+
+
+def test_the_scheduler_looks_at_requests_where_we_hide_and_show_them():
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "self.current_step < request.next_decode_eligible_step" in schedule
+    assert "request_queue = self.waiting" in schedule
+    source = inspect.getsource(Scheduler)
+    for name in ("policy", "waiting", "max_num_running_reqs", "max_num_scheduled_tokens"):
+        assert f"self.{name}" in source, name
+    pages = inspect.getsource(KVCacheManager)
+    assert "self.block_pool.get_num_free_blocks()" in pages
+    assert "self.watermark_blocks" in pages
+
+
+def test_what_is_no_number_reaches_the_scheduler_with_the_tokens():
+    outputs = inspect.getsource(AsyncOutput)
+    assert "self.num_nans = async_copy_to_np(sampler_output.num_nans)" in outputs
+    assert "self.model_runner_output.num_nans_in_logits = dict(" in outputs
+
+
+def test_logprobs_of_a_request_begin_where_we_say():
+    lists = LogprobsTensors(*torch.zeros(2, 9, 2), torch.zeros(9), [0, 4, 4, 9]).tolists()
+    assert len(lists.slice_request(2, 3).logprobs) == 3
+    assert lists.cu_num_generated_tokens == [0, 4, 4, 9]
+
+
+@pytest.mark.parametrize("module", [online, offline], ids=lambda module: module.__name__)
+def test_beam_search_asks_for_what_we_know_it_by(module):
+    source = inspect.getsource(module)
+    for part in ("max_tokens=1,", "watermarking=False,", "detokenize=False,", "logprobs="):
+        assert part in source
+
+
+def test_only_a_default_length_is_no_limit():
+    for serving in (OpenAIServingChat, OpenAIServingCompletion):
+        source = inspect.getsource(serving.__init__)
+        assert 'mc.generation_config not in ("auto", "vllm")' in source
+        assert 'override_generation_config", {}).get("max_new_tokens")' in source
 
 
 def test_the_worker_keeps_each_sequence_s_length_where_we_set_it():

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from sparsed_vllm.admission import sparse_config_of
 from sparsed_vllm.compat import missing_seams
 from sparsed_vllm.crossover import crossover_on
+from sparsed_vllm.limits import Limits
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -38,6 +39,7 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
         _default_to_temperature_zero(vllm_config.model_config)
+        _set_default_length(vllm_config)
         if sparse_config_of(vllm_config) is None:
             logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
         else:
@@ -60,6 +62,7 @@ def _settle_min_length(vllm_config: VllmConfig) -> None:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     refused = {
         "the V1 model runner": (
@@ -81,6 +84,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size > 1": (
             parallel.decode_context_parallel_size > 1,
             "use --tensor-parallel-size",
+        ),
+        f"--logprobs-mode {model.logprobs_mode}": (
+            model.logprobs_mode != "raw_logprobs",
+            "probabilities are the model's own; leave it out",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
         "--return-sampling-mask": (
@@ -116,3 +123,11 @@ def _default_to_temperature_zero(model: ModelConfig) -> None:
         return  # The user asked for vLLM's own defaults.
     if "temperature" not in model.try_get_generation_config():
         model.override_generation_config.setdefault("temperature", 0.0)
+
+
+def _set_default_length(vllm_config: VllmConfig) -> None:
+    """What a request that names no length gets; patches/default_length.py hands it out."""
+    model = vllm_config.model_config
+    limits = Limits.of(vllm_config.additional_config)
+    checkpoint_s = model.get_diff_sampling_param().get("max_tokens")
+    model.hf_config.default_max_tokens = limits.default_length(checkpoint_s)

@@ -207,7 +207,7 @@ def phased_requests(count, seed):
 
 
 def test_a_cache_full_to_the_last_page_empties_whatever_befalls_its_requests(llada, llada_path):
-    requests = phased_requests(16, seed=13)
+    requests = phased_requests(16, seed=14)
     alone = [tokens(llada, [request])[0] for request in requests]
     small = start_engine(llada_path, num_gpu_blocks_override=9)
     scheduler, pool = scheduler_of(small), scheduler_of(small).kv_cache_manager.block_pool
@@ -256,6 +256,14 @@ def test_async_scheduling_changes_no_token(llada, async_llada):
     assert tokens(async_llada, requests) == tokens(llada, requests)
     run_steps(async_llada, 2)
     assert not worker_state_of(async_llada).requests
+
+
+def test_requests_that_take_turns_get_the_same_tokens(llada, async_llada, monkeypatch):
+    requests = mixed_requests(12, seed=13)
+    expected = tokens(llada, requests)
+    for llm in (llada, async_llada):
+        monkeypatch.setattr(scheduler_of(llm), "max_num_scheduled_tokens", 260)
+        assert tokens(llm, requests) == expected
 
 
 def test_async_scheduling_sends_no_step_beyond_the_last(async_llada, monkeypatch):

@@ -2,7 +2,10 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """`vllm serve` in processes of its own, asked by the OpenAI client."""
 
+import asyncio
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +14,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import load
 import openai
 import oracle
 import pytest
@@ -22,6 +27,20 @@ from sparse_oracle import Sparsity, sparse_llada_generate
 pytestmark = pytest.mark.engine
 
 START_TIMEOUT = 300  # seconds
+LIMITS = {
+    "default_max_tokens": 20,
+    "max_tokens": 450,
+    "max_steps": 420,
+    "request_fields": [
+        "steps",
+        "block_length",
+        "threshold",
+        "remasking",
+        "early_stop",
+        "use_sparsed",
+        "sparsed_block_size",
+    ],
+}
 
 
 def free_port():
@@ -42,8 +61,8 @@ def wait_until_ready(server, client):
 
 
 @pytest.fixture(scope="module")
-def client(llada_path, tmp_path_factory):
-    """An OpenAI client of a running server."""
+def server(llada_path, tmp_path_factory):
+    """A running server's process and an OpenAI client of it."""
     port = free_port()
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -52,16 +71,23 @@ def client(llada_path, tmp_path_factory):
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--attention-backend", "sparsed"]
+    command += ["--shutdown-timeout", "60"]
+    command += ["--additional-config", json.dumps({"denoising": LIMITS})]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
     try:
         wait_until_ready(server, client)
-        yield client
+        yield server, client
     finally:
         server.terminate()
         server.wait(timeout=60)
         print(log.read_text()[-5000:])
+
+
+@pytest.fixture
+def client(server):
+    return server[1]
 
 
 def complete(client, prompt, max_tokens=16, **extra):
@@ -117,6 +143,134 @@ def test_chat_streams_blocks_as_they_become_final(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
 
 
+BLOCKS = {"return_token_ids": True, "vllm_xargs": {"block_length": 8}}
+HI = [{"role": "user", "content": "hi"}]
+
+
+def whole_answer(create, **body):
+    """(text, token ids, finish reason, usage) of a request that does not stream."""
+    answer = create(model="tiny", **body)
+    (choice,) = answer.choices
+    text = choice.message.content if hasattr(choice, "message") else choice.text
+    return text, choice.token_ids, choice.finish_reason, answer.usage.model_dump()
+
+
+def streamed_answer(create, **body):
+    """The same of a request that streams."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = create(model="tiny", **options, **body)
+    text, token_ids, finish_reason = "", [], None
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert finish_reason is None, "nothing comes after the last chunk"
+        text += (choice.delta.content or "") if hasattr(choice, "delta") else choice.text
+        token_ids += getattr(choice, "token_ids", None) or []
+        finish_reason = choice.finish_reason
+    return text, token_ids, finish_reason, last.usage.model_dump()
+
+
+def asked_twice(create, **body):
+    """An answer, the same whether it streams or not."""
+    whole = whole_answer(create, **body)
+    assert streamed_answer(create, **body) == whole
+    text, token_ids, finish_reason, usage = whole
+    assert usage["completion_tokens"] == len(token_ids)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + len(token_ids)
+    return text, token_ids, finish_reason
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
+    create, prompt = client.completions.create, {"prompt": "hello"}
+    if endpoint == "chat":
+        create, prompt = client.chat.completions.create, {"messages": HI}
+    body = {**prompt, "max_tokens": 24}
+    endless = {**BLOCKS, "ignore_eos": True}
+    text, token_ids, reason = asked_twice(create, **body, extra_body=endless)
+    assert (len(token_ids), reason) == (24, "length")
+    stop = next(char for char in text[3:] if char.isascii() and char.isprintable())
+    cut, kept, reason = asked_twice(create, **body, stop=[stop], extra_body=endless)
+    assert (cut, reason) == (text.split(stop)[0], "stop")
+    assert kept == token_ids[: len(kept)]
+    shown, _, _ = asked_twice(
+        create, **body, stop=[stop], extra_body={**endless, "include_stop_str_in_output": True}
+    )
+    assert shown == cut + stop
+    ended = {**BLOCKS, "stop_token_ids": [token_ids[11]]}
+    _, kept, reason = asked_twice(create, **body, extra_body=ended)
+    assert (kept, reason) == (token_ids[: token_ids.index(token_ids[11]) + 1], "stop")
+    longer = {**ended, "min_tokens": 20}
+    _, kept, _ = asked_twice(create, **body, extra_body=longer)
+    assert len(kept) >= 20
+    assert token_ids[11] not in kept[:20]
+
+
+def test_a_seed_repeats_an_answer_and_samples_have_seeds_of_their_own(client):
+    def sample(**rest):
+        body = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0, **rest}
+        answer = client.completions.create(model="tiny", **body, extra_body=BLOCKS)
+        ids = [choice.token_ids for choice in answer.choices]
+        assert answer.usage.completion_tokens == sum(map(len, ids))
+        return ids
+
+    three = sample(n=3, seed=5)
+    assert len({*map(tuple, three)}) == 3
+    assert sample(n=3, seed=5) == three
+    assert sample(seed=5) == three[:1]
+
+
+def test_samples_stream_side_by_side(client):
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 16, "temperature": 1.0}
+    body |= {"n": 2, "seed": 3, "extra_body": {**BLOCKS, "ignore_eos": True}}
+    expected = [choice.token_ids for choice in client.completions.create(**body).choices]
+    got = [[], []]
+    for chunk in client.completions.create(**body, stream=True):
+        got[chunk.choices[0].index] += chunk.choices[0].token_ids
+    assert got == expected
+
+
+def test_logprobs_come_with_each_block(client):
+    # By their ids: several tokens of the tiny tokenizer have no text of their own.
+    extra = {**BLOCKS, "ignore_eos": True, "return_tokens_as_token_ids": True}
+    body = {"model": "tiny", "max_tokens": 20, "extra_body": extra}
+    asked = {**body, "prompt": "hello", "logprobs": 2}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    assert len(whole.token_logprobs) == 20
+    assert all(2 <= len(top) <= 3 for top in whole.top_logprobs)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.logprobs.token_logprobs]
+    assert parts == pytest.approx(whole.token_logprobs, abs=1e-4)
+    assert [len(chunk.token_ids) for chunk in chunks] == [8, 8, 4]
+    chat = {**body, "messages": HI, "logprobs": True, "top_logprobs": 3}
+    content = client.chat.completions.create(**chat).choices[0].logprobs.content
+    assert [len(at.top_logprobs) for at in content] == [3] * 20
+    streamed = client.chat.completions.create(**chat, stream=True)
+    parts = [at for chunk in streamed for at in getattr(chunk.choices[0].logprobs, "content", [])]
+    assert [at.logprob for at in parts] == pytest.approx([at.logprob for at in content], abs=1e-4)
+
+
+def test_a_request_that_names_no_length_gets_the_server_s_default(client):
+    def length(create, **body):
+        return create(model="tiny", **body, extra_body=extra).usage.completion_tokens
+
+    extra = {"ignore_eos": True}
+    assert length(client.chat.completions.create, messages=HI) == 20
+    assert length(client.chat.completions.create, messages=HI, max_completion_tokens=33) == 33
+    assert length(client.completions.create, prompt="hello") == 16
+    assert length(client.completions.create, prompt="hello", max_tokens=33) == 33
+
+
+def test_the_prompt_is_echoed_in_front_of_the_answer(client):
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
+    extra = {"ignore_eos": True}
+    plain = client.completions.create(**body, extra_body=extra).choices[0].text
+    echoed = client.completions.create(**body, echo=True, extra_body=extra)
+    assert echoed.choices[0].text == "hello" + plain
+    assert echoed.usage.completion_tokens == 8
+    chunks = client.completions.create(**body, echo=True, stream=True, extra_body=extra)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "hello" + plain
+
+
 @pytest.mark.parametrize(
     ("request_body", "field"),
     [
@@ -124,13 +278,16 @@ def test_chat_streams_blocks_as_they_become_final(client):
         ({"extra_body": {"vllm_xargs": {"steps": "many"}}}, "steps"),
         ({"extra_body": {"vllm_xargs": {"block_length": [1]}}}, "block_length"),
         ({"extra_body": {"vllm_xargs": {"stepz": 3}}}, "stepz"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 1, "echo": True}, "prompt_logprobs"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
         ({"temperature": 1.0, "top_p": 0.5}, "top_p"),
         ({"max_tokens": 600}, "max_tokens"),
+        ({"max_tokens": 451}, "at most 450 on this server"),
+        ({"max_tokens": 430, "extra_body": {"vllm_xargs": {"steps": 421}}}, "steps"),
+        ({"extra_body": {"vllm_xargs": {"sparsed_select": 0.5}}}, "sparsed_select"),
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "structured_outputs"),
-        ({"extra_body": {"use_beam_search": True}, "n": 2}, "logprobs"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2}, "beam search"),
         ({"prompt": [1, LLADA_MASK_ID]}, "prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -142,6 +299,49 @@ def test_bad_requests_are_answered_with_400_and_the_field(client, request_body, 
     assert refused.value.status_code == 400
     assert field in refused.value.body["message"]
     assert complete(client, "hello").choices[0].finish_reason == "length"
+
+
+FUZZ = """
+NaN
+Infinity
+-Infinity
+1e999
+1e308
+-1
+1.5
+null
+"8"
+""
+"\\u0000"
+"\\ud800"
+"\U0001f600"
+[]
+[1]
+[[1]]
+{}
+{"a": 1}
+[1, "a", null]
+999999999999999999999999999999
+18446744073709551615
+-9223372036854775809
+""".strip().splitlines()
+FUZZ += ["9" * 5000, "[" * 100_000 + "]" * 100_000, f'"{"x" * 1_000_000}"']
+
+
+@pytest.mark.parametrize("field", ["steps", "threshold", "remasking", "use_sparsed", "stepz", ""])
+def test_no_value_in_vllm_xargs_is_the_server_s_fault(client, field):
+    def post(xargs):
+        body = f'{{"model": "tiny", "prompt": "hi", "max_tokens": 4, "vllm_xargs": {xargs}}}'
+        url, headers = f"{client.base_url}completions", {"content-type": "application/json"}
+        return httpx.post(url, content=body.encode(), headers=headers, timeout=60)
+
+    for value in FUZZ:
+        answer = post(f'{{"{field}": {value}}}')
+        assert answer.status_code == 400, value[:80]
+        assert len(answer.text) < 10_000
+    for whole in ("[]", "3", "NaN", f'{{"{field}": 1, "\\ud800": 2}}'):
+        assert post(whole).status_code == 400
+    assert complete(client, "hello").usage.completion_tokens == 16
 
 
 def test_a_client_that_hangs_up_leaves_the_server_serving(client):
@@ -187,3 +387,46 @@ def test_prometheus_reads_what_requests_cost(client):
         ("sparsed_requests_total", "sparse", "request"): 1,
         ("sparsed_tables_total",): 1,
     }
+
+
+def test_blocks_are_what_vllm_s_metrics_time(client):
+    def counts():
+        text = httpx.get(str(client.base_url.join("/metrics"))).text
+        names = ("time_to_first_token_seconds", "inter_token_latency_seconds", "generation_tokens")
+        return [
+            float(re.search(rf"^vllm:{name}_(?:count|total){{.*}} (.*)$", text, re.MULTILINE)[1])
+            for name in names
+        ]
+
+    before = counts()
+    body = {"prompt": "hello", "max_tokens": 24, "stream": True}
+    chunks = [
+        *client.completions.create(model="tiny", **body, extra_body={**BLOCKS, "ignore_eos": True})
+    ]
+    assert len(chunks) == 3
+    # The first block, the gaps between blocks, and tokens all the same.
+    assert [b - a for a, b in zip(before, counts(), strict=True)] == [1, 2, 24]
+
+
+def test_under_load_every_answer_is_the_one_it_is_alone(client):
+    url = str(client.base_url.join("/"))
+    report = asyncio.run(load.put_under_load(url, clients=12, seconds=8, kinds=8))
+    assert report.wrong == []
+    assert report.counts.keys() == {"whole", "stream", "hang up", "bad"}
+
+
+def test_sigterm_lets_requests_end_that_have_begun(server):
+    """The last test of this file: the server is gone afterwards."""
+    process, client = server
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "stream": True}
+    streams = [
+        iter(client.completions.create(**body, extra_body={**BLOCKS, "ignore_eos": True}))
+        for _ in range(3)
+    ]
+    firsts = [next(stream) for stream in streams]
+    process.terminate()
+    for first, stream in zip(firsts, streams, strict=True):
+        chunks = [first, *stream]
+        assert sum(len(chunk.choices[0].token_ids) for chunk in chunks) == 200
+        assert chunks[-1].choices[0].finish_reason == "length"
+    process.wait(timeout=60)

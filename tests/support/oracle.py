@@ -166,6 +166,7 @@ class Run:
     ids: list[int]  # [gen_length]
     forwards: int  # forward passes of the network
     closest: float  # smallest lead of a decision, in units of logits or of confidence
+    logprobs: list[float]  # [gen_length] of each id, in the step that placed it
 
     def met_a_tie(self, below: float = 1e-5) -> bool:
         """Whether rounding could have tipped a decision, so that no other run must equal this."""
@@ -182,12 +183,15 @@ def llada_generate(
     mask_id: int,
     threshold: float | None = None,
     forbid_mask: bool = True,
+    min_tokens: int = 0,
+    stop_ids: Sequence[int] = (),
 ) -> Run:
     """LLaDA's generate() with remasking="low_confidence" and temperature 0.
 
     With a threshold, Fast-dLLM's generate(): the steps of a block end when it is full.
+    The first min_tokens places take none of stop_ids.
     """
-    canvas = Canvas(prompt, gen_length, mask_id, forbid_mask)
+    canvas = Canvas(prompt, gen_length, mask_id, forbid_mask, min_tokens, stop_ids)
     for start, end, block_steps in plan_blocks(len(prompt), gen_length, block_length, steps):
         if threshold is not None:
             fill_over_threshold(canvas, logits_fn, start, end, threshold)
@@ -290,16 +294,27 @@ class Guess:
     tokens: Tensor  # [n]
     confidence: Tensor  # [n]
     lead: Tensor  # [n] logit of the token less that of the runner-up
+    logprobs: Tensor  # [n]
 
 
 class Canvas:
     """Prompt and generation, with a record of what is still masked."""
 
-    def __init__(self, prompt: Sequence[int], gen_length: int, mask_id: int, forbid_mask: bool):
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        gen_length: int,
+        mask_id: int,
+        forbid_mask: bool,
+        min_tokens: int = 0,
+        stop_ids: Sequence[int] = (),
+    ):
         self.ids = torch.tensor([[*prompt, *[mask_id] * gen_length]])  # [1, L]
         self.masked = torch.arange(self.ids.shape[1]) >= len(prompt)  # [L]
+        self.logprobs = torch.zeros(self.ids.shape[1])  # [L]
         self.num_prompt, self.mask_id, self.forbid_mask = len(prompt), mask_id, forbid_mask
         self.forwards, self.closest = 0, math.inf
+        self.first_end, self.stop_ids = len(prompt) + min_tokens, list(stop_ids)
         if not forbid_mask:
             self.masked = self.ids[0] == mask_id
 
@@ -314,9 +329,13 @@ class Canvas:
         probs = allowed.softmax(dim=-1)  # over all tokens, the mask token included
         if self.forbid_mask:
             allowed[:, self.mask_id] = -math.inf
+        for place in (places < self.first_end).nonzero()[:, 0]:
+            allowed[place, self.stop_ids] = -math.inf
         best, runner_up = allowed.topk(2).values.unbind(dim=-1)
         tokens = allowed.argmax(dim=-1)
-        return Guess(places, tokens, confidence_of(probs, tokens, alg), best - runner_up)
+        logprobs = logits[places].log_softmax(dim=-1)[range(len(places)), tokens]
+        confidence = confidence_of(probs, tokens, alg)
+        return Guess(places, tokens, confidence, best - runner_up, logprobs)
 
     def place_best(self, guess: Guess, count: int) -> None:
         """Place the count most confident."""
@@ -336,11 +355,13 @@ class Canvas:
     def _place(self, guess: Guess, chosen: Tensor) -> None:
         places, tokens = guess.places[chosen], guess.tokens[chosen]
         self.ids[0, places] = tokens
+        self.logprobs[places] = guess.logprobs[chosen]
         self.masked[places] = tokens == self.mask_id  # a predicted mask leaves the place masked
         self.closest = min([self.closest, *guess.lead[chosen].tolist()])
 
     def run(self) -> Run:
-        return Run(self.ids[0, self.num_prompt :].tolist(), self.forwards, self.closest)
+        ids, logprobs = self.ids[0, self.num_prompt :], self.logprobs[self.num_prompt :]
+        return Run(ids.tolist(), self.forwards, self.closest, logprobs.tolist())
 
 
 def confidence_of(probs: Tensor, tokens: Tensor, alg: str) -> Tensor:

@@ -208,4 +208,4 @@ def for_request(
 
 def with_masks(run: Run, logits_fn: SparseNetwork) -> SparseRun:
     closest = min(run.closest, logits_fn.closest_scores)
-    return SparseRun(run.ids, run.forwards, closest, logits_fn.masks, logits_fn.leads)
+    return SparseRun(run.ids, run.forwards, closest, run.logprobs, logits_fn.masks, logits_fn.leads)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""What goes wrong with one request is the end of that request only, by name."""
+
+import re
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from sparsed_vllm.kernels import api
+from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.scheduler import NOT_NUMBERS
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [[1, 2, 3], [5] * 40, [7] * 90]
+VICTIM = 1
+
+
+def generate(llm, logprobs=None, **extra):
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=16,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=logprobs,
+        extra_args={"block_length": 8, **extra},
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    return [out.outputs[0] for out in llm.generate(requests, params, use_tqdm=False)]
+
+
+def core_of(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def poison(monkeypatch, value, step):
+    """Spoil one logit of the second request in its step `step`."""
+    sample = DenoisingSampler.__call__
+
+    def spoiled(self, logits, input_batch):
+        row = 0
+        for turn in self.state.turns_of(input_batch):
+            if turn.prompt_len == len(PROMPTS[VICTIM]) and turn.denoising.step == step:
+                logits[row, 3] = value
+            row += len(turn.places)
+        return sample(self, logits, input_batch)
+
+    monkeypatch.setattr(DenoisingSampler, "__call__", spoiled)
+
+
+def assert_only_the_victim_failed(llm, outputs, alone, num_tokens=0):
+    assert [out.finish_reason for out in outputs] == ["length", "error", "length"]
+    assert outputs[VICTIM].stop_reason == NOT_NUMBERS
+    assert list(outputs[VICTIM].token_ids) == list(alone[VICTIM].token_ids[:num_tokens])
+    for i in (0, 2):
+        assert outputs[i].token_ids == alone[i].token_ids
+    scheduler = core_of(llm).scheduler
+    assert not scheduler.requests
+    assert not len(scheduler.progress)
+    assert [out.token_ids for out in generate(llm)] == [out.token_ids for out in alone]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("step", [0, 7, 10])
+def test_logits_that_are_not_numbers_fail_their_request(llada, monkeypatch, caplog, value, step):
+    alone = generate(llada)
+    with monkeypatch.context() as patch:
+        poison(patch, value, step)
+        outputs = generate(llada, logprobs=1 if step else None)
+    assert_only_the_victim_failed(llada, outputs, alone, num_tokens=8 if step > 7 else 0)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(rf"Request \S+ failed: {NOT_NUMBERS}\.", line)
+
+
+@pytest.mark.parametrize("kernel", ["block_scores", "block_sparse_attention"])
+def test_a_kernel_s_failure_fails_the_request_it_worked_for(llada, monkeypatch, kernel):
+    sparse = {"use_sparsed": 1, "sparsed_block_size": 16}
+    alone = generate(llada, **sparse)
+    run = getattr(api, kernel)
+
+    def failing(q, *args, **kwargs):
+        if len(q) == len(PROMPTS[VICTIM]) + 16:
+            raise RuntimeError("out of registers")
+        return run(q, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, kernel, failing)
+        outputs = generate(llada, **sparse)
+    assert [out.finish_reason for out in outputs] == ["length", "error", "length"]
+    for i in (0, 2):
+        assert outputs[i].token_ids == alone[i].token_ids
+    assert [out.token_ids for out in generate(llada, **sparse)] == [out.token_ids for out in alone]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import (
+    COMPILED,
     DEVICE,
     LONGER,
     RAGGED,
@@ -119,9 +120,7 @@ def test_an_empty_batch_is_no_work(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("block_size", "head_dim", "dtype"), COMPILED)
 def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
     batch = make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype)
     check(batch)

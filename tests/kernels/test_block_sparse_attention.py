@@ -5,14 +5,17 @@
 import pytest
 import torch
 from kernel_cases import (
+    COMPILED,
     DEVICE,
     LONGER,
     RAGGED,
-    Table,
     assert_within_rounding,
+    check_sparse,
     exact_attention,
     make_batch,
-    visible_places,
+    random_mask,
+    run_sparse,
+    table_of,
 )
 
 from sparsed_vllm.kernels import reference
@@ -25,42 +28,8 @@ IMPLEMENTATIONS = {
 }
 
 
-def run(batch, table, attend=block_sparse_attention, device=DEVICE):
-    """Into memory full of NaN."""
-    batch = batch.to(device)
-    out = torch.full_like(batch.q, float("nan"))
-    table = table.to(device)
-    options = {"scale": batch.scale, "out": out, "return_lse": True}
-    result, lse = attend(batch.q, batch.k, batch.v, batch.blocks, *table, **options)
-    assert result is out
-    return result, lse
-
-
-def random_mask(batch, share):
-    """bool [num_heads, num_blocks, max_key_blocks], each block of a sequence with odds `share`."""
-    blocks = batch.blocks
-    mask = torch.rand(batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks) < share
-    num_key_blocks = -(-blocks.lengths // blocks.block_size)
-    return mask & (torch.arange(blocks.max_key_blocks) < num_key_blocks[:, None])
-
-
-def table_of(batch, mask, **options):
-    """The rest of each row names blocks that do not exist: it must not be read."""
-    table = Table.scattered(batch, int(mask.sum(-1).max()) + 2, **options)
-    table.write(mask)
-    return table
-
-
 def check(batch, share=0.5, **options):
-    mask = random_mask(batch, share)
-    table = table_of(batch, mask, **options)
-    for actual, exact, twin in zip(
-        run(batch, table),
-        exact_attention(batch, visible_places(batch, mask)),
-        run(batch, table, *IMPLEMENTATIONS["twin"]),
-        strict=True,
-    ):
-        assert_within_rounding(actual, exact, twin)
+    check_sparse(batch, random_mask(batch, share), block_sparse_attention, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -103,7 +72,7 @@ def test_an_empty_list_gives_zeros_and_no_mass(name):
     batch = make_batch([(40, 8), (1, 0)], 16)
     mask = random_mask(batch, 1.0)
     mask[1] = False
-    out, lse = run(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
+    out, lse = run_sparse(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
     assert (out[:, 1] == 0).all() and (lse[1] == float("-inf")).all()
     assert out[:, 0].isfinite().all() and lse[0].isfinite().all()
 
@@ -111,7 +80,7 @@ def test_an_empty_list_gives_zeros_and_no_mass(name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_nothing_but_empty_lists_is_no_error(name):
     batch = make_batch([(40, 8)], 32)
-    out, _ = run(batch, table_of(batch, random_mask(batch, 0.0)), *IMPLEMENTATIONS[name])
+    out, _ = run_sparse(batch, table_of(batch, random_mask(batch, 0.0)), *IMPLEMENTATIONS[name])
     assert (out == 0).all()
 
 
@@ -121,7 +90,8 @@ def test_lists_of_all_blocks_give_dense_attention(block_size):
     table = table_of(batch, random_mask(batch, 1.0))
     options = {"scale": batch.scale, "return_lse": True}
     dense = reference.dense_attention(batch.q, batch.k, batch.v, batch.blocks, **options)
-    for actual, exact, twin in zip(run(batch, table), exact_attention(batch), dense, strict=True):
+    sparse = run_sparse(batch, table, block_sparse_attention)
+    for actual, exact, twin in zip(sparse, exact_attention(batch), dense, strict=True):
         assert_within_rounding(actual, exact, twin)
 
 
@@ -131,15 +101,13 @@ def test_batch_mates_do_not_change_a_sequence(name):
     for mine, theirs in zip((alone.q, alone.k, alone.v), (batch.q, batch.k, batch.v), strict=True):
         mine.copy_(theirs[:33])
     mask = random_mask(batch, 0.5)
-    together, _ = run(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
-    apart, _ = run(alone, table_of(alone, mask[:, :3]), *IMPLEMENTATIONS[name])
+    together, _ = run_sparse(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
+    apart, _ = run_sparse(alone, table_of(alone, mask[:, :3]), *IMPLEMENTATIONS[name])
     assert torch.equal(together[:33], apart)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("block_size", "head_dim", "dtype"), COMPILED)
 def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
     check(make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype))
 

@@ -5,6 +5,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    COMPILED,
     DEVICE,
     LONGER,
     RAGGED,
@@ -83,8 +84,6 @@ def test_an_empty_batch_is_no_work(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("block_size", "head_dim", "dtype"), COMPILED)
 def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
     check(make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype))

@@ -2,12 +2,14 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Packed batches for the kernel tests, what float64 makes of them, and how far off is too far."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsed_vllm.kernels import reference
 from sparsed_vllm.kernels.layout import QueryBlocks, Span
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +19,18 @@ RAGGED = [(1, 0), (15, 3), (16, 16), (17, 16), (63, 20), (65, 64)]
 """(length, prompt length) of sequences around the block boundaries."""
 
 LONGER = [(127, 100), (1, 1), (129, 100), (128, 0), (300, 250)]
+
+BLOCK_SIZES, HEAD_DIMS = (16, 32, 64, 128), (32, 64, 96, 128, 256)
+
+COMPILED = [
+    *(
+        (size, dim, (torch.float16, torch.bfloat16)[(i + j) % 2])
+        for i, size in enumerate(BLOCK_SIZES)
+        for j, dim in enumerate(HEAD_DIMS)
+    ),
+    *zip((16, 32, 64, 128, 128), (256, 32, 64, 96, 128), [torch.float32] * 5, strict=True),
+]
+"""(block size, head size, type): every pair of sizes in a type of 16 bits, each size in float32."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,12 @@ class Batch:
     scale: float
 
     def to(self, device: str) -> "Batch":
+        """Slices of one tensor there too, where copies of slices would be dense."""
+        if self.q.device.type == device:
+            return self
         blocks = QueryBlocks.of(self.blocks.spans, self.blocks.block_size, device)
-        q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
+        parts = (self.q, self.k, self.v)
+        q, k, v = torch.cat(parts, 1).to(device).split([x.shape[1] for x in parts], dim=1)
         return replace(self, q=q, k=k, v=v, blocks=blocks)
 
 
@@ -58,8 +76,9 @@ def make_batch(
 
 
 def logits_of(batch: Batch, span: Span) -> Tensor:
-    """Float64 [num_heads, length, length]"""
-    q, k = (x[span.first : span.first + span.length].double() for x in (batch.q, batch.k))
+    """Float64 [num_heads, length, length], on DEVICE"""
+    tokens = slice(span.first, span.first + span.length)
+    q, k = (x[tokens].to(DEVICE).double() for x in (batch.q, batch.k))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return batch.scale * torch.einsum("qhd,khd->hqk", q, k)
 
@@ -77,8 +96,9 @@ def exact_attention(
         tokens = slice(span.first, span.first + span.length)
         logits = logits_of(batch, span)
         if visible is not None:
-            logits = logits.masked_fill(~visible[span], float("-inf"))
-        v = batch.v[tokens].double().repeat_interleave(len(logits) // batch.v.shape[1], dim=1)
+            logits = logits.masked_fill(~visible[span].to(DEVICE), float("-inf"))
+        v = batch.v[tokens].to(DEVICE).double()
+        v = v.repeat_interleave(len(logits) // v.shape[1], dim=1)
         weights = logits.softmax(-1).nan_to_num(nan=0.0)  # rows that see nothing
         out[tokens] = torch.einsum("hqk,khd->qhd", weights, v)
         lse[:, tokens] = logits.logsumexp(-1)
@@ -146,3 +166,42 @@ def visible_places(batch: Batch, mask: Tensor) -> dict[Span, Tensor]:
         blocks = mask[:, places].repeat_interleave(size, 1).repeat_interleave(size, 2)
         visible[span] = blocks[:, : span.length, : span.length]
     return visible
+
+
+def run_sparse(
+    batch: Batch, table: Table, attend: Callable[..., Any], device: str = DEVICE
+) -> tuple[Tensor, Tensor]:
+    """Attention over the table's lists and its log-sum-exp, into memory full of NaN."""
+    batch = batch.to(device)
+    out = torch.full_like(batch.q, float("nan"))
+    options = {"scale": batch.scale, "out": out, "return_lse": True}
+    result, lse = attend(batch.q, batch.k, batch.v, batch.blocks, *table.to(device), **options)
+    assert result is out
+    return result, lse
+
+
+def check_sparse(batch: Batch, mask: Tensor, attend: Callable[..., Any], **options: Any) -> None:
+    """`attend` over the blocks that `mask` names, and its twin, against float64."""
+    table = table_of(batch, mask, **options)
+    for actual, exact, twin in zip(
+        run_sparse(batch, table, attend),
+        exact_attention(batch, visible_places(batch, mask)),
+        run_sparse(batch, table, reference.block_sparse_attention, "cpu"),
+        strict=True,
+    ):
+        assert_within_rounding(actual, exact, twin)
+
+
+def random_mask(batch: Batch, share: float) -> Tensor:
+    """bool [num_heads, num_blocks, max_key_blocks], each block of a sequence with odds `share`."""
+    blocks = batch.blocks
+    mask = torch.rand(batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks) < share
+    num_key_blocks = -(-blocks.lengths // blocks.block_size)
+    return mask & (torch.arange(blocks.max_key_blocks) < num_key_blocks[:, None])
+
+
+def table_of(batch: Batch, mask: Tensor, **options: Any) -> Table:
+    """The rest of each row names blocks that do not exist: it must not be read."""
+    table = Table.scattered(batch, int(mask.sum(-1).max()) + 2, **options)
+    table.write(mask)
+    return table

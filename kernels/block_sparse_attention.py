@@ -55,7 +55,13 @@ def block_sparse_attention(
     return out if lse is None else (out, lse)
 
 
-@triton.jit
+# Nothing depends on what divides these, and each would be compiled for anew.
+@triton.jit(
+    do_not_specialize=[
+        *("num_tokens", "stride_kept_row", "stride_kept_head"),
+        *("stride_num_row", "stride_num_head"),
+    ]
+)
 def _block_sparse_attention_kernel(
     q_ptr,
     k_ptr,

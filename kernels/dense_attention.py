@@ -50,7 +50,7 @@ def dense_attention(
     return out if lse is None else (out, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # else compiled anew for what divides it
 def _dense_attention_kernel(
     q_ptr,
     k_ptr,

@@ -34,7 +34,13 @@ def select_blocks(
         )
 
 
-@triton.jit
+# Nothing depends on what divides these, and each would be compiled for anew.
+@triton.jit(
+    do_not_specialize=[
+        *("kept_width", "stride_scores_head", "stride_scores_block"),
+        *("stride_kept_row", "stride_kept_head", "stride_num_row", "stride_num_head"),
+    ]
+)
 def _select_blocks_kernel(
     scores_ptr,
     gen_scores_ptr,

@@ -5,7 +5,9 @@
 reference.py says what each function computes.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -29,9 +31,15 @@ __all__ = [
     "select_blocks",
 ]
 
+logger = logging.getLogger("vllm.sparsed.kernels")
+
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (32, 64, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HOPPER_TRITONS = (
+    (3, 6),
+    (3, 9),
+)  # the oldest and the newest that the kernel for Hopper compiles on
 
 
 def block_scores(
@@ -84,7 +92,8 @@ def block_sparse_attention(
     _check_batch(blocks, q, k, v)
     _check_table(blocks, q.shape[1], kept, num_kept, rows)
     table = (kept, num_kept, rows)
-    attend = _for(q, "block_sparse_attention")
+    aligned = all(_is_aligned(x) for x in (q, k, v, q if out is None else out))
+    attend = _sparse_kernel(q.device, q.dtype, blocks.block_size, q.shape[2], aligned)
     return attend(q, k, v, blocks, *table, scale=scale, out=out, return_lse=return_lse)
 
 
@@ -106,9 +115,55 @@ def dense_attention(
 
 def _for(tensor: Tensor, name: str) -> Callable[..., Any]:
     """The implementation of `name` for the tensor's device; Triton is imported at need only."""
-    if not tensor.is_cuda:
-        return getattr(reference, name)
-    return getattr(import_module(f"sparsed_vllm.kernels.{name}"), name)
+    return _triton(name) if tensor.is_cuda else getattr(reference, name)
+
+
+def _triton(name: str, module: str | None = None) -> Callable[..., Any]:
+    return getattr(import_module(f"sparsed_vllm.kernels.{module or name}"), name)
+
+
+@cache
+def _sparse_kernel(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+) -> Callable[..., Any]:
+    """What attends over lists; chosen, and logged, once for each kind of tensors."""
+    if device.type != "cuda":
+        return reference.block_sparse_attention
+    obstacle = _hopper_obstacle(device, dtype, block_size, head_dim, aligned)
+    if obstacle is None:
+        logger.info("Sparse attention runs our Gluon kernel for Hopper.")
+        return _triton("block_sparse_attention", "hopper")
+    logger.info("Sparse attention runs our plain Triton kernel, not Hopper's: %s.", obstacle)
+    return _triton("block_sparse_attention")
+
+
+def _hopper_obstacle(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+) -> str | None:
+    """Why the kernel for Hopper cannot run, if so."""
+    capability = torch.cuda.get_device_capability(device)
+    version = import_module("triton").__version__
+    oldest, newest = (".".join(map(str, known)) for known in HOPPER_TRITONS)
+    obstacles = {
+        f"this GPU has compute capability {capability}, not (9, 0)": capability != (9, 0),
+        f"Triton {version} is not one of {oldest} to {newest}": not _is_known_triton(version),
+        f"it does not compute in {dtype}": dtype == torch.float32,
+        f"blocks have {block_size} tokens, not 128": block_size != 128,
+        f"heads have {head_dim} numbers, not 64 or 128": head_dim not in (64, 128),
+        "a tensor or its strides are not aligned to 16 bytes": not aligned,
+    }
+    return next((text for text, stands in obstacles.items() if stands), None)
+
+
+def _is_known_triton(version: str) -> bool:
+    major, minor = version.split(".")[:2]
+    return HOPPER_TRITONS[0] <= (int(major), int(minor)) <= HOPPER_TRITONS[1]
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether each head of each token begins at a multiple of 16 bytes, as the copy engine asks."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))
+    return not any(place % 16 for place in places)
 
 
 def _check_batch(blocks: QueryBlocks, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The kernel for Hopper: against float64, and against itself, since a race shows only at times."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    Table,
+    check_sparse,
+    make_batch,
+    random_mask,
+    run_sparse,
+    table_of,
+)
+
+from sparsed_vllm.kernels import api
+from sparsed_vllm.kernels.layout import QueryBlocks, Span
+
+hopper = pytest.importorskip("sparsed_vllm.kernels.hopper", reason="this Triton has no Gluon")
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
+
+RAGGED = [(1, 0), (127, 100), (128, 128), (129, 0), (300, 250), (640, 10)]
+
+
+def check(batch, mask=None, **options):
+    mask = random_mask(batch, 0.5) if mask is None else mask
+    check_sparse(batch, mask, hopper.block_sparse_attention, **options)
+
+
+def run(batch, table):
+    return run_sparse(batch, table, hopper.block_sparse_attention)
+
+
+def blocks_of_128(sizes, dtype=torch.bfloat16, heads=(4, 2), head_dim=128, **options):
+    return make_batch(sizes, 128, dtype=dtype, heads=heads, head_dim=head_dim, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_ragged_batch_equals_float64_within_rounding(dtype, head_dim):
+    check(blocks_of_128(RAGGED, dtype, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1)])
+def test_query_heads_have_their_own_lists_and_their_groups_keys(heads):
+    check(blocks_of_128([(700, 20)], heads=heads))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_lists_of_any_length_equal_float64_within_rounding(share):
+    batch = blocks_of_128([(1500, 20)])
+    check(batch, random_mask(batch, share))
+
+
+def test_ids_may_be_int32():
+    check(blocks_of_128([(300, 20)]), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0, 1e4])
+def test_equal_and_huge_logits_give_no_nan(spread):
+    check(blocks_of_128([(700, 40)], spread=spread))
+
+
+def test_more_tiles_than_multiprocessors_equal_float64_within_rounding():
+    batch = blocks_of_128([(128 * 6 - 5, 100)], heads=(64, 4))
+    check(batch, random_mask(batch, 0.3))
+
+
+def test_rows_of_one_block_and_of_all_follow_each_other():
+    """In 384 tiles, three a multiprocessor."""
+    batch = blocks_of_128([(128 * 6, 100)], heads=(64, 64))
+    mask = torch.rand(64, 6, 6) < torch.rand(64, 6, 1) ** 3
+    mask[..., -1] |= ~mask.any(-1)
+    mask[::3] = True
+    check(batch, mask)
+
+
+def test_empty_lists_among_others_give_zeros_and_no_mass():
+    batch = blocks_of_128([(400, 8)], heads=(128, 4))
+    batch.v[5] = float("inf")
+    mask = random_mask(batch, 1.0)
+    mask[::2] = False
+    out, lse = run(batch, table_of(batch, mask))
+    assert (out[:, ::2] == 0).all() and (lse[::2] == float("-inf")).all()
+    assert lse[1::2].isfinite().all()
+
+
+def test_logits_of_minus_infinity_weigh_nothing():
+    batch = blocks_of_128([(300, 8)], heads=(1, 1))
+    batch.q[:, 0, 0] = 1.0
+    batch.k[3, 0, 0] = batch.k[140:260, 0, 0] = float("-inf")
+    check(batch, torch.ones(1, 3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_lies_around_a_sequence_does_not_matter(odd):
+    """Memory of others lies before and after the 300 tokens, in the last block's 128 places too."""
+    batch = blocks_of_128([(1000, 0)])
+    for x in (batch.q, batch.k, batch.v):
+        x[:200], x[500:] = odd, odd
+    inner = replace(batch, blocks=QueryBlocks.of([Span(200, 300, 0)], 128, "cpu"))
+    alone = replace(inner, q=batch.q[200:500], k=batch.k[200:500], v=batch.v[200:500])
+    alone = replace(alone, blocks=QueryBlocks.of([Span(0, 300, 0)], 128, "cpu"))
+    table = table_of(alone, torch.ones(4, 3, 3, dtype=torch.bool))
+    out, lse = run(inner, table)
+    expected, expected_lse = run(alone, table)
+    assert torch.equal(out[200:500], expected) and torch.equal(lse[:, 200:500], expected_lse)
+    assert out[:200].isnan().all() and out[500:].isnan().all()
+
+
+def test_unaligned_tensors_take_the_plain_kernel():
+    """The copy engine reads from multiples of 16 bytes only."""
+    batch = blocks_of_128([(300, 20)], heads=(2, 2))
+    mask = random_mask(batch, 0.5)
+    batch = batch.to("cuda")
+    q, k, v = (shifted(x) for x in (batch.q, batch.k, batch.v))
+    check_sparse(replace(batch, q=q, k=k, v=v), mask, api.block_sparse_attention)
+
+
+def shifted(x):
+    """A copy that begins two bytes further."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+
+def test_random_shapes_equal_float64_within_rounding():
+    numbers = random.Random(0)
+    for _ in range(40):
+        kv_heads, head_dim = numbers.choice([1, 2, 3]), numbers.choice([64, 128])
+        sizes = [(numbers.randint(1, 500), 0) for _ in range(numbers.randint(1, 3))]
+        heads = (kv_heads * numbers.choice([1, 2, 7]), kv_heads)
+        batch = blocks_of_128(sizes, heads=heads, head_dim=head_dim)
+        mask = random_mask(batch, numbers.random())
+        mask[..., 0] = True
+        check(batch, mask)
+
+
+def test_thousands_of_launches_agree_to_the_bit():
+    """Of mixed shapes, so that what one leaves behind in shared memory differs from the next."""
+    shapes = [(3000, (8, 2), 128), (700, (4, 4), 128), (128, (1, 1), 128), (1900, (6, 3), 64)]
+    cases = []
+    for length, heads, head_dim in shapes:
+        batch = blocks_of_128([(length, 0)], heads=heads, head_dim=head_dim)
+        table = table_of(batch, random_mask(batch, 0.4))
+        cases.append((batch.to("cuda"), Table(*table.to("cuda"))))
+    expected = [run(*case) for case in cases]
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for case, results in zip(cases, expected, strict=True):
+            for actual, first in zip(run(*case), results, strict=True):
+                different += (actual.view(torch.int8) != first.view(torch.int8)).any()
+    assert different == 0

@@ -19,6 +19,7 @@ from collections import defaultdict
 from typing import Any
 
 from dummies import MODELS, SELECT, SKIP, peak_bytes, request, start, versions, wait
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from vllm import LLM
 
@@ -97,7 +98,7 @@ def profile_phases(
 def kernel_shares(trace: profile, seconds: float) -> dict[str, float]:
     micros: dict[str, float] = defaultdict(float)
     for event in trace.key_averages():
-        if event.self_device_time_total:
+        if event.device_type is DeviceType.CUDA:  # a kernel, not the operator that launched it
             micros[kind_of(event.key)] += event.self_device_time_total
     idle = max(0.0, seconds - sum(micros.values()) / 1e6)
     return {**{kind: us / 1e6 / seconds for kind, us in micros.items()}, "idle": idle / seconds}

@@ -38,7 +38,7 @@ class SparseConfig:
     @classmethod
     def of(cls, additional_config: object) -> "SparseConfig":
         """The settings under the key `sparsed`. Raises BadRequest (a ValueError)."""
-        return cls(**read_section("sparsed", additional_config, _FIELDS))
+        return cls(**read_section("sparsed", additional_config, SECTION_FIELDS))
 
 
 def read_section(
@@ -64,7 +64,7 @@ class Sparsity:
     block_size: int
 
 
-_FIELDS = {
+SECTION_FIELDS = {
     "skip": Field(
         number, lambda share: 0 <= share <= 1, "a number in [0, 1]", "The authors use 0.2."
     ),
@@ -88,9 +88,9 @@ REQUEST_FIELDS = {
     "use_sparsed": Field(
         flag, lambda _: True, "0 or 1", "Leave it out to let the length of the request decide."
     ),
-    "sparsed_skip": _FIELDS["skip"],
-    "sparsed_select": _FIELDS["select"],
-    "sparsed_block_size": _FIELDS["block_size"],
+    "sparsed_skip": SECTION_FIELDS["skip"],
+    "sparsed_select": SECTION_FIELDS["select"],
+    "sparsed_block_size": SECTION_FIELDS["block_size"],
 }
 """A request's own settings, in `extra_args` or `vllm_xargs`."""
 

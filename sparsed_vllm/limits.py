@@ -37,7 +37,7 @@ class Limits:
     @classmethod
     def of(cls, additional_config: object) -> "Limits":
         """The settings under the key `denoising`. Raises BadRequest (a ValueError)."""
-        return cls(**read_section("denoising", additional_config, _FIELDS))
+        return cls(**read_section("denoising", additional_config, SECTION_FIELDS))
 
     def default_length(self, checkpoint_s: int | None) -> int:
         """What to give a request that names no length.
@@ -88,7 +88,7 @@ def _known_fields(value: Any) -> tuple[str, ...]:
 
 
 _COUNT = Field(integer, lambda count: count >= 1, "an integer of at least 1", "Leave it out.")
-_FIELDS = {
+SECTION_FIELDS = {
     "default_max_tokens": _COUNT,
     "max_tokens": _COUNT,
     "max_steps": _COUNT,

@@ -52,8 +52,8 @@ class SparseAttention:
         if phase is Phase.DENSE:
             return full_attention
         if phase is Phase.RECORDING:
-            return self._recording
-        return self._renewing if self.method.table == "renewed" else self._sparse
+            return self.recording
+        return self.renewing if self.method.table == "renewed" else self.sparse
 
     @property
     def density(self) -> float:
@@ -63,22 +63,25 @@ class SparseAttention:
         kept = torch.stack([num_kept.float().mean() for _, num_kept in self.table.values()])
         return float(kept.mean() / self.blocks.max_key_blocks)
 
-    def _recording(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._record(layer, q, k)
+    def recording(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Record, and attend to everything."""
+        self.record(layer, q, k)
         return full_attention(layer, q, k, v)
 
-    def _renewing(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._record(layer, q, k)
-        return self._sparse(layer, q, k, v)
+    def renewing(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Record, and attend to no more than that."""
+        self.record(layer, q, k)
+        return self.sparse(layer, q, k, v)
 
     def _windowed(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer not in self.table:
             self.table[layer] = self.table.get(0) or window_table(
                 self.blocks, q.shape[1], self.method.sinks
             )
-        return self._sparse(layer, q, k, v)
+        return self.sparse(layer, q, k, v)
 
-    def _record(self, layer: int, q: Tensor, k: Tensor) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor) -> None:
+        """Note which key blocks each head keeps."""
         packed = [pack(x) for x in (q, k)]
         scores = api.block_scores(*packed, None, self.blocks, scale=q.shape[-1] ** -0.5)
         if self.method.shared:
@@ -87,7 +90,8 @@ class SparseAttention:
         api.select_blocks(*scores, self.blocks, kept, num_kept, self.rows)
         self.table[layer] = kept, num_kept
 
-    def _sparse(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def sparse(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to what was recorded."""
         attend = partial(api.block_sparse_attention, scale=q.shape[-1] ** -0.5)
         out = attend(*(pack(x) for x in (q, k, v)), self.blocks, *self.table[layer], self.rows)
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)

@@ -3,7 +3,7 @@ STAMP := .venv/.stamp
 
 .PHONY: demo test lint types dev clean
 
-demo: dev  ## a ragged batch through LLM.generate
+demo: dev  ## needles in haystacks, asked with dense and with sparse attention
 	$(BIN)/python examples/demo.py
 
 test: dev  ## never `python -m pytest`: it puts this folder, with kernels/, on sys.path

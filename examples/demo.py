@@ -1,107 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Generate a ragged batch with a diffusion language model inside vLLM, and say what it took.
+"""Ask a diffusion language model for needles in haystacks, with dense and with sparse attention.
 
     python examples/demo.py [CHECKPOINT]
 
-Without a checkpoint, a small LLaDA with random weights is made on the spot: its text is noise.
+Without a checkpoint the small model of examples/needle answers, which is trained to.
 """
 
 import os
 
-# The engine runs in this process, so that its steps can be counted as they happen.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import itertools
+import random
+import string
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from checkpoints import write_llada
-from tqdm import tqdm
-from vllm import LLM, RequestOutput, SamplingParams
+from needle.tasks import TASKS, Sample, spell
+from vllm import LLM, SamplingParams
+
+from sparsed_vllm.phases import recording_step
+
+MODEL = Path(__file__).parent / "needle" / "model"
+ASKED = [("single", 1250), ("multikey", 1300), ("multiquery", 1350), ("common", 1200)]  # tokens
+MIN_WORDS = 1000
+CANVAS, STEPS = 32, 16
+MODES = {
+    "dense": {"use_sparsed": 0},
+    "sparse": {"use_sparsed": 1, "sparsed_block_size": 32},  # skip 0.2 and select 0.3
+}
+
+
+DENSE_STEPS = recording_step(STEPS, 0.2) + 1
+NOTE = f"""
+Each question is asked twice through LLM.chat, one request at a time: {STEPS} denoising steps for
+{CANVAS} tokens, the first {DENSE_STEPS} of them dense in either mode. Seconds are the wall clock
+around a request. Key blocks: those that a sparse step reads, of those that a dense one would,
+from the engine's own counters. Device: {{device}}."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt and how to denoise its answer."""
+class Answer:
+    """What the model gave, and the seconds and the share of the key blocks that it took."""
 
-    prompt: str
-    max_tokens: int
-    steps: int
-    block_length: int
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=0,
-            max_tokens=self.max_tokens,
-            extra_args={"steps": self.steps, "block_length": self.block_length},
-        )
+    text: str
+    seconds: float
+    kept: float
 
 
-QUESTIONS = [
-    Question("Hi!", max_tokens=16, steps=16, block_length=16),
-    Question("How many legs has a spider, and how many has an ant?", 32, 16, 8),
-    Question("Once upon a time, " * 12, max_tokens=64, steps=32, block_length=32),
-    Question("The quick brown fox jumps over the lazy dog. " * 8, 48, 12, 48),
-]
+def find(task: str, tokens: int, words: int = MIN_WORDS) -> Sample:
+    """The first that has enough words, for not all are one token; the same in every run."""
+    samples = (TASKS[task](random.Random(seed), tokens) for seed in itertools.count())
+    return next(sample for sample in samples if num_words(sample) >= words)
+
+
+def num_words(sample: Sample) -> int:
+    return sum(word not in string.punctuation for word in sample.haystack)
 
 
 def start(path: str) -> LLM:
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    return LLM(path, dtype=dtype, max_model_len=1024, enforce_eager=True, disable_log_stats=False)
-
-
-def generate(llm: LLM, questions: list[Question]) -> tuple[list[RequestOutput], float]:
-    """The answers, and the seconds they took, with a bar that moves once a denoising step."""
-    num_steps = max(question.steps for question in questions)
-    step = llm.llm_engine.step
-    with tqdm(total=num_steps, desc="denoising", unit="step") as bar:
-
-        def counted_step() -> list[RequestOutput]:
-            bar.update()
-            return step()
-
-        llm.llm_engine.step = counted_step
-        begin = time.perf_counter()
-        outputs = llm.generate(
-            [question.prompt for question in questions],
-            [question.sampling() for question in questions],
-            use_tqdm=False,
-        )
-        return outputs, time.perf_counter() - begin
-
-
-def report(questions: list[Question], outputs: list[RequestOutput], seconds: float) -> None:
-    for question, output in zip(questions, outputs, strict=True):
-        (answer,) = output.outputs
-        took = output.metrics.last_token_ts - output.metrics.scheduled_ts
-        print(f"\nprompt  {question.prompt[:60]!r} ({len(output.prompt_token_ids)} tokens)")
-        print(f"answer  {answer.text[:60]!r}")
-        print(
-            f"        {len(answer.token_ids)} tokens ({answer.finish_reason}) in {question.steps} "
-            f"steps and {took:.2f} s: {len(answer.token_ids) / took:.1f} tokens/s"
-        )
-    total = sum(len(output.outputs[0].token_ids) for output in outputs)
-    print(f"\nbatch   {total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens/s")
-    print(
-        "\nWhere the numbers come from: tokens are those of LLM.generate's outputs, up to EOS; "
-        "steps are the request's own\nextra_args; a request's seconds are vLLM's metrics, from "
-        "its first step to its last token; the batch's are the\nwall clock around LLM.generate. "
-        f"Device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}."
+    return LLM(
+        path,
+        dtype=dtype,
+        max_model_len=4096,
+        enforce_eager=True,
+        disable_log_stats=False,  # for the counters
+        use_tqdm_on_load=False,
     )
 
 
+def ask(llm: LLM, sample: Sample, mode: str) -> Answer:
+    params = SamplingParams(
+        temperature=0, max_tokens=CANVAS, extra_args={"steps": STEPS, **MODES[mode]}
+    )
+    chat = [{"role": "user", "content": sample.text}]
+    before, begin = kept_blocks(llm), time.perf_counter()
+    (output,) = llm.chat(chat, params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    kept, possible = (b - a for a, b in zip(before, kept_blocks(llm), strict=True))
+    return Answer(output.outputs[0].text.strip(), seconds, kept / possible if possible else 1)
+
+
+def kept_blocks(llm: LLM) -> tuple[float, float]:
+    """Key blocks that the engine's tables have listed so far, and that they could have."""
+    values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return values["vllm:sparsed_kept_blocks"], values["vllm:sparsed_possible_blocks"]
+
+
+def report(number: int, sample: Sample, answers: dict[str, Answer]) -> None:
+    expected = spell(sample.answer)
+    question = f"{spell(sample.question)}   [{sample.task}, {num_words(sample)} words]"
+    print(f"\n{number}. {question}")
+    print(f"   expected  {expected}")
+    for mode, answer in answers.items():
+        verdict = "right" if answer.text == expected else "WRONG"
+        cost = f"{answer.seconds:5.1f} s, {answer.kept:4.0%} of the key blocks"
+        print(f"   {mode:9} {answer.text:56} {verdict}, {cost}", flush=True)
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = sys.argv[1] if len(sys.argv) > 1 else str(write_llada(folder))
-        print(f"starting vLLM with {'a random LLaDA' if path == folder else path} ...", flush=True)
-        llm = start(path)
-        report(QUESTIONS, *generate(llm, QUESTIONS))
+    path = sys.argv[1] if len(sys.argv) > 1 else str(MODEL)
+    print(f"starting vLLM with {path} ...", flush=True)
+    llm = start(path)
+    samples = [find(task, tokens) for task, tokens in ASKED]
+    for mode in MODES:  # the first steps of an engine load and compile
+        ask(llm, find("single", 200, words=100), mode)
+    for number, sample in enumerate(samples, 1):
+        report(number, sample, {mode: ask(llm, sample, mode) for mode in MODES})
+    print(NOTE.format(device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"))
 
 
 if __name__ == "__main__":

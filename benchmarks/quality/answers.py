@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Answers of a method: by the network in plain PyTorch, or through vLLM's engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from needle import checkpoint
+from needle.decoding import denoise
+from needle.network import Network
+
+from quality.attention import SparseAttention
+from quality.methods import Method
+from quality.questions import Question
+
+# Tokens of each, and the share of key blocks that sparse steps read, where it is known.
+Answers = tuple[list[list[int]], float | None]
+
+
+def load(folder: Path, device: torch.device) -> Network:
+    """The network of a checkpoint; in bfloat16 on a GPU, as vLLM runs it there."""
+    return checkpoint.load(folder).to(
+        device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+
+
+class Harness:
+    """The network by itself; all questions of a call go through it together."""
+
+    def __init__(self, network: Network, canvas: int, steps: int, block_size: int) -> None:
+        self.network, self.block_size = network, block_size
+        self.canvas, self.steps = canvas, steps
+        self.device = next(network.parameters()).device
+
+    def answer(self, method: Method, questions: list[Question]) -> Answers:
+        """questions: their prompts are of one length"""
+        prompts = torch.tensor([question.prompt for question in questions], device=self.device)
+        attention = SparseAttention(
+            method,
+            batch=len(questions),
+            prompt=prompts.shape[1],
+            canvas=self.canvas,
+            steps=self.steps,
+            block_size=self.block_size,
+            device=self.device,
+        )
+        answers = denoise(self.network, prompts, self.canvas, self.steps, attention)
+        return answers.tolist(), attention.density
+
+
+class Engine:
+    """LLM.generate, with the method in each request's parameters."""
+
+    def __init__(self, llm: Any, canvas: int, steps: int, block_size: int) -> None:
+        self.llm, self.canvas = llm, canvas
+        self.extras = {"steps": steps, "sparsed_block_size": block_size}
+
+    def answer(self, method: Method, questions: list[Question]) -> Answers:
+        from vllm import SamplingParams
+
+        assert method.request is not None, "the engine has no such method"
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=self.canvas,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={**self.extras, **method.request},
+        )
+        prompts = [{"prompt_token_ids": question.prompt} for question in questions]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs], None
+
+
+def start_engine(folder: Path, **options: Any) -> Any:
+    """vLLM on the checkpoint, with room in its tables for the smallest blocks."""
+    from vllm import LLM
+
+    sparsed = {"sparsed": {"table_ids": 32}}
+    return LLM(str(folder), enforce_eager=True, additional_config=sparsed, **options)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The ways to attend that are compared."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Table = Literal["none", "recorded", "renewed", "window"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a request attends over its steps.
+
+    table: the key blocks of sparse steps: there are none; recorded once, as SparseD does; renewed
+        at each sparse step; or those around the query block, at every step
+    select, skip: SparseD's (arXiv 2509.24014); a window is as wide as SparseD's longest rows
+    shared: one list for all heads, by the mean of their scores
+    isolated: prompt and generation blocks are selected apart
+    sinks: first blocks that a window keeps
+    """
+
+    name: str
+    label: str
+    table: Table = "recorded"
+    select: float = 0.3
+    skip: float = 0.2
+    shared: bool = False
+    isolated: bool = True
+    sinks: int = 0
+
+    @property
+    def request(self) -> dict[str, float] | None:
+        """The same as a request's `extra_args`, where our engine has it."""
+        if self.table == "none":
+            return {"use_sparsed": 0}
+        if self.table != "recorded" or self.shared or not self.isolated:
+            return None
+        return {"use_sparsed": 1, "sparsed_select": self.select, "sparsed_skip": self.skip}
+
+
+DENSE = Method("dense", "dense", table="none")
+METHODS = {
+    method.name: method
+    for method in (
+        DENSE,
+        *(
+            Method(f"sparsed-{share}", f"SparseD, select {share}", select=share)
+            for share in (0.5, 0.3, 0.2, 0.1)
+        ),
+        Method("no-warm-up", "select 0.3, skip 0", skip=0.0),
+        Method("shared", "select 0.3, one list for all heads", shared=True),
+        Method("renewed", "select 0.3, a new list at each step", table="renewed"),
+        Method("together", "select 0.3, not isolated", isolated=False),
+        Method("window", "sliding window", table="window"),
+        Method("streaming", "StreamingLLM", table="window", sinks=1),
+    )
+}

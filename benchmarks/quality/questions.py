@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Questions of one length, the same for every method and every run."""
+
+import random
+from dataclasses import dataclass
+
+from needle import tasks
+from needle.batches import CHAT_TOKENS, EOS_ID, prompt_ids
+from needle.vocabulary import encode
+
+SHORTEST, CANVASES = 96, range(16, 65)  # tokens, as the model is trained
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat prompt, and the tokens of the only right answer."""
+
+    task: str
+    prompt: list[int]
+    answer: list[int]
+
+
+def draw(task: str, length: int, canvas: int, index: int) -> Question:
+    """Question number `index`: a prompt of `length` tokens whose answer leaves the canvas room."""
+    rng = random.Random(f"{task} {length} {canvas} {index}")
+    while True:
+        sample = tasks.TASKS[task](rng, length - CHAT_TOKENS)
+        prompt, answer = prompt_ids(sample), encode(sample.answer)
+        if len(prompt) == length and len(answer) < canvas:
+            return Question(task, prompt, answer)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How right one answer is: the share of its tokens, and whether its text is the right one."""
+
+    tokens: float
+    exact: bool
+
+
+def mark(question: Question, given: list[int]) -> Mark:
+    """given: the canvas, or its tokens up to the end of the text"""
+    end = given.index(EOS_ID) if EOS_ID in given else len(given)
+    right = sum(a == b for a, b in zip(question.answer, given, strict=False))
+    return Mark(right / len(question.answer), given[:end] == question.answer)

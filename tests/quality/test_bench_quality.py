@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The quality bench compares what it says it compares."""
+
+import json
+
+import bench_quality
+import pytest
+import torch
+from needle.batches import EOS_ID
+from needle.network import Network, Shape, full_attention
+from quality.answers import Harness
+from quality.attention import SparseAttention, window_lists
+from quality.intervals import Mean, average, mean
+from quality.methods import DENSE, METHODS, Method
+from quality.questions import Question, draw, mark
+
+SHAPE = Shape(n_layers=2, d_model=128, mlp_hidden_size=64)
+BLOCK = 16
+
+
+def attention(method, prompt=100, canvas=20, steps=10, batch=2):
+    return SparseAttention(
+        method,
+        batch=batch,
+        prompt=prompt,
+        canvas=canvas,
+        steps=steps,
+        block_size=BLOCK,
+        device=torch.device("cpu"),
+    )
+
+
+def heads(length=120, batch=2):
+    """q, k, v [batch, heads, tokens, head size]"""
+    return torch.randn(3, batch, 4, length, 32).unbind()
+
+
+def lists(attend, layer=0):
+    """The kept blocks of each query block and head."""
+    kept, num_kept = attend.table[layer]
+    return [
+        [ids[:count].tolist() for ids, count in zip(row, counts, strict=True)]
+        for row, counts in zip(kept, num_kept, strict=True)
+    ]
+
+
+def test_keeping_every_block_is_dense():
+    q, k, v = heads()
+    attend = attention(Method("all", "", select=1.0, skip=0.0))
+    attend(1)(0, q, k, v)
+    torch.testing.assert_close(attend(2)(0, q, k, v), full_attention(0, q, k, v))
+
+
+def test_steps_are_dense_until_the_pattern_is_recorded():
+    attend = attention(METHODS["sparsed-0.3"])  # int(10 * 0.2) + 1 = 3
+    assert all(attend(step) is full_attention for step in range(3))
+    out = attend(3)(0, *heads())
+    assert out.shape == (2, 4, 120, 32) and attend.table.keys() == {0}
+    assert 0 < attend.density < 1
+
+
+def test_a_shared_pattern_is_the_same_for_all_heads_and_others_are_not():
+    q, k, v = heads()
+    for name, same in (("shared", True), ("sparsed-0.3", False)):
+        attend = attention(METHODS[name])
+        attend(3)(0, q, k, v)
+        assert all(row.count(row[0]) == len(row) for row in lists(attend)) == same
+
+
+def test_without_isolation_each_row_keeps_the_same_number():
+    attend = attention(METHODS["together"])
+    attend(3)(0, *heads())
+    assert {len(ids) for row in lists(attend) for ids in row} == {int(8 * 0.3) + 1}
+
+
+def test_a_renewed_pattern_follows_the_step():
+    attend = attention(METHODS["renewed"])
+    attend(4)(0, *heads())
+    before = lists(attend)
+    attend(5)(0, *heads())
+    assert lists(attend) != before
+
+
+def test_windows_are_wide_as_told_and_hold_their_own_block():
+    for width in range(1, 9):
+        for sinks in (0, 1):
+            rows = window_lists(8, width, sinks)
+            assert all(len(set(row)) == len(row) == width and row == sorted(row) for row in rows)
+            assert all(i in row for i, row in enumerate(rows) if width > sinks)
+            assert all(row[0] == 0 for row in rows) or not sinks
+
+
+def test_a_window_keeps_no_less_than_sparsed():
+    sparsed, window = (attention(METHODS[name]) for name in ("sparsed-0.3", "window"))
+    q, k, v = heads()
+    sparsed(3)(0, q, k, v)
+    window(0)(0, q, k, v)
+    assert window.density >= sparsed.density
+
+
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch():
+    network = Network(SHAPE)
+    questions = [draw("multikey", 100, 24, index) for index in range(3)]
+    harness = Harness(network, canvas=24, steps=6, block_size=BLOCK)
+    for name in ("dense", "sparsed-0.3", "streaming"):
+        together, _ = harness.answer(METHODS[name], questions)
+        alone = [harness.answer(METHODS[name], [question])[0][0] for question in questions]
+        assert together == alone
+
+
+def test_questions_repeat_and_have_the_length_asked_for():
+    for task in ("multiquery", "common"):
+        question = draw(task, 200, 32, 7)
+        assert question == draw(task, 200, 32, 7) != draw(task, 200, 32, 8)
+        assert len(question.prompt) == 200 and len(question.answer) < 32
+
+
+def test_marks_count_tokens_by_place_and_stop_at_the_end_of_the_text():
+    question = Question("single", [1], [5, 6, 7, 8])
+    assert mark(question, [5, 6, 7, 8, EOS_ID, 9]).exact
+    assert mark(question, [5, 6, 0, 8, EOS_ID]).tokens == 0.75
+    assert not mark(question, [5, 6, 7, 8, 9, EOS_ID]).exact
+
+
+def test_intervals_are_those_of_the_normal_distribution():
+    assert mean([0.0, 1.0] * 50).value == 0.5
+    assert mean([0.0, 1.0] * 50).margin == pytest.approx(1.96 * 0.0502519, rel=1e-4)
+    assert average([Mean(0.2, 0.03), Mean(0.4, 0.04)]) == Mean(pytest.approx(0.3), 0.025)
+
+
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        ("--lengths 4577", "--lengths must be 96 to 4576, got 4577"),
+        ("--samples 0", "--samples must be at least 2, got 0"),
+        ("--tasks poetry", "--tasks must be of single"),
+        ("--methods magic", "--methods must be of dense"),
+        ("--block-size 48", "--block-size must be of 16, 32, 64, 128, got 48"),
+        ("--steps 33", "--steps must be 1 to 32, got 33"),
+        ("--model nowhere", "--model is a folder with a config.json, got nowhere"),
+    ],
+)
+def test_nonsense_is_refused_with_one_line(arguments, field, capsys):
+    with pytest.raises(SystemExit):
+        bench_quality.parse(arguments.split())
+    message = capsys.readouterr().err
+    assert field in message and message.count("\n") == 1
+
+
+def test_a_run_leaves_lines_and_prints_tables(tmp_path, capsys):
+    out = tmp_path / "quality.jsonl"
+    arguments = "--lengths 96 --samples 2 --tasks single --steps 4 --block-size 16 --device cpu"
+    bench_quality.main([*arguments.split(), "--methods", "window", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["method"], line["task"]) for line in lines] == [
+        (method, task) for method in (DENSE.name, "window") for task in ("single", "average")
+    ]
+    assert all(0 <= line["tokens"] <= 100 and line["samples"] == 2 for line in lines)
+    assert "| sliding window |" in capsys.readouterr().out

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The shipped model answers through the engine as the quality bench says it does."""
+
+import bench_quality
+import pytest
+import torch
+from quality.answers import Engine, Harness, load
+from quality.methods import METHODS
+from quality.questions import draw, mark
+
+pytestmark = pytest.mark.engine
+
+SIZES = {"canvas": 32, "steps": 16, "block_size": 16}
+
+
+@pytest.fixture
+def engine(needle):
+    return Engine(needle, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def harness():
+    return Harness(load(bench_quality.MODEL, torch.device("cpu")), **SIZES)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparsed-0.3", "sparsed-0.1", "no-warm-up"])
+def test_the_engine_gives_the_tokens_of_the_bench(engine, harness, name):
+    questions = [draw(task, 200, 32, 0) for task in ("multikey", "multivalue", "common")]
+    assert engine.answer(METHODS[name], questions)[0] == harness.answer(METHODS[name], questions)[0]
+
+
+def test_the_model_finds_its_needles_dense_and_sparse(engine):
+    questions = [draw(task, 400, 32, i) for task in ("single", "multikey") for i in range(2)]
+    for name in ("dense", "sparsed-0.3"):
+        given, _ = engine.answer(METHODS[name], questions)
+        assert all(mark(q, tokens).exact for q, tokens in zip(questions, given, strict=True))

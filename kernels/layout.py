@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ def _row_bound(num_blocks: int, first_gen: int, select: float) -> int:
     return min(keep_all, first_gen) + keep_gen
 
 
-@cache
+# Bounded, as clients choose `select`: any number of values.
+@lru_cache(maxsize=1024)
 def most_kept(num_blocks: int, select: float) -> int:
     """The most blocks that a row of any sequence of up to `num_blocks` keeps: a table's width.
 

@@ -24,14 +24,15 @@ class Canvas:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    def open_places(self, count: int) -> Tensor:
+    def open_places(self, count: int, end: int | None = None) -> Tensor:
         """The masked places of the first unfinished block, ascending.
 
         count: how many there are, or a bound on it, so that the host need not ask the device.
+        end: no place from there on is open; None: the canvas's end
         Returns int64 [count], -1 beyond the last.
         """
         is_open = self.masked & (self._block_of == self._first_masked() // self.block_length)
-        return torch.nonzero_static(is_open, size=count, fill_value=-1).squeeze(-1)
+        return torch.nonzero_static(is_open[:end], size=count, fill_value=-1).squeeze(-1)
 
     def fill(self, places: Tensor, tokens: Tensor, chosen: Tensor) -> None:
         """Put `tokens` where `chosen`; the other places stay as they are.

@@ -116,7 +116,18 @@ class Denoising:
 
         Returns int64 [n], ascending, -1 beyond the last; n is known without asking the device.
         """
-        return self.canvas.open_places(self._num_open())
+        return self.canvas.open_places(self._num_open(), self._end_of_open())
+
+    def _end_of_open(self) -> int | None:
+        """Where the open places of this step end; None if the canvas knows it alone.
+
+        `origin` may draw all places of a block before its last step. The steps that are left of
+        it then fill nothing: the next block has steps of its own.
+        """
+        if self.params.policy != "origin" or self.params.threshold is not None or self.is_over:
+            return None
+        block, _ = self.schedule.locate(self.step)
+        return block.end
 
     def _num_open(self) -> int:
         if self.is_over:

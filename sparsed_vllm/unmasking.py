@@ -178,7 +178,8 @@ def draw_places(open_places: Tensor, share: float, generator: torch.Generator) -
     return (_uniform(open_places, generator) < share) & open_places
 
 
-@lru_cache(maxsize=256)
+# Few, as clients choose both, and the shares of 100,000 steps take 3 MiB.
+@lru_cache(maxsize=32)
 def dream_shares(steps: int, eps: float) -> tuple[float, ...]:
     """[steps] the share of the masked places that each step fills, 1 - s / t in float32.
 

@@ -30,6 +30,13 @@ def test_only_the_first_unfinished_block_is_open():
     assert target.open_places(4).tolist() == [4, 5, 6, 7]
 
 
+def test_no_place_behind_the_end_is_open():
+    target = canvas()
+    assert target.open_places(4, end=4).tolist() == [0, 1, 2, 3]
+    fill(target, [0, 1, 2, 3])
+    assert target.open_places(4, end=4).tolist() == [-1, -1, -1, -1]
+
+
 def test_a_bound_on_the_open_places_is_padded():
     target = canvas()
     fill(target, [1])

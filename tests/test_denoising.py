@@ -69,6 +69,15 @@ def test_a_block_is_handed_out_at_its_last_step(networks):
     assert [len(chunk) for chunk in chunks] == [0, 8, 0, 8, 0, 8]
 
 
+@pytest.mark.parametrize("block_length", [4, 12])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_that_is_drawn_before_its_last_step_waits_for_it(networks, block_length, seed):
+    chunks = run(DREAM, networks, alg="origin", block_length=block_length, seed=seed)
+    expected = [0] * 24
+    expected[block_length - 1 :: block_length] = [block_length] * (24 // block_length)
+    assert [len(chunk) for chunk in chunks] == expected
+
+
 def test_without_early_stop_all_is_handed_out_at_the_end(networks):
     whole = run(LLADA, networks, steps=6, block_length=8, early_stop=0)
     assert [len(chunk) for chunk in whole] == [0, 0, 0, 0, 0, 24]

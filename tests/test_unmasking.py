@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from sparsed_vllm.kernels.layout import most_kept
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Block
 from sparsed_vllm.unmasking import (
@@ -177,3 +178,10 @@ def test_every_place_is_filled_by_the_last_step(policy, size, steps):
 def test_the_last_share_is_all_that_is_left():
     assert dream_shares(1, 1e-3) == (1.0,)
     assert dream_shares(10, 0.5)[-1] == 1.0
+
+
+@pytest.mark.parametrize("function", [dream_shares, most_kept])
+def test_clients_cannot_have_ever_more_remembered(function):
+    for i in range(5000):
+        function(3, (1 + i) / 5001)
+    assert function.cache_info().currsize < 2000

@@ -223,6 +223,12 @@ def test_min_tokens_needs_a_token_that_does_not_stop(llada):
     assert message.startswith("stop_token_ids must be less than")
 
 
+def test_blocks_that_are_drawn_early_end_with_their_steps(dream):
+    for block_length in (8, 12):
+        extra = {"alg": "origin", "block_length": block_length}
+        assert len(ask(dream, max_tokens=24, ignore_eos=True, extra_args=extra)) == 24
+
+
 def test_chat_renders_the_checkpoint_s_template(llada, dream):
     for llm in (llada, dream):
         (output,) = llm.chat(

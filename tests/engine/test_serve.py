@@ -205,6 +205,28 @@ def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
     assert token_ids[11] not in kept[:20]
 
 
+def test_the_responses_api_gives_the_answer_of_a_chat(client):
+    extra = {**BLOCKS, "ignore_eos": True}
+    chat = client.chat.completions.create(
+        model="tiny", messages=HI, max_completion_tokens=24, extra_body=extra
+    )
+    body = {"model": "tiny", "input": HI, "max_output_tokens": 24, "extra_body": extra}
+    answer = client.responses.create(**body)
+    assert answer.output_text == chat.choices[0].message.content
+    assert (answer.usage.output_tokens, answer.incomplete_details.reason) == (
+        24,
+        "max_output_tokens",
+    )
+    events = list(client.responses.create(**body, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1
+    assert "".join(deltas) == answer.output_text
+    assert events[-1].type == "response.completed"
+    assert client.responses.create(model="tiny", input="hi").usage.output_tokens <= 20
+    with pytest.raises(openai.BadRequestError, match="steps"):
+        client.responses.create(**{**body, "extra_body": {"vllm_xargs": {"steps": 0}}})
+
+
 def test_a_seed_repeats_an_answer_and_samples_have_seeds_of_their_own(client):
     def sample(**rest):
         body = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0, **rest}

@@ -11,14 +11,9 @@ question is the unit. All methods answer the same questions, so differences to d
 taken question by question. Prints tables, and appends JSON lines to --out.
 """
 
-import os
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; these are for --engine
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # CUDA is asked for before vLLM forks
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -156,6 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sizes = (args.canvas, args.steps, args.block_size)
     if args.engine:
+        # In this process: it has asked for CUDA, after which vLLM's could not be forked.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         dtype = "bfloat16" if args.device == "cuda" else "float32"
         answerer = answers.Engine(answers.start_engine(args.model, dtype=dtype), *sizes)
     else:

@@ -76,5 +76,6 @@ def start_engine(folder: Path, **options: Any) -> Any:
     """vLLM on the checkpoint, with room in its tables for the smallest blocks."""
     from vllm import LLM
 
+    small = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.3}
     sparsed = {"sparsed": {"table_ids": 32}}
-    return LLM(str(folder), enforce_eager=True, additional_config=sparsed, **options)
+    return LLM(str(folder), enforce_eager=True, additional_config=sparsed, **small, **options)

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import torch
+from needle import checkpoint
 from needle.tasks import TASKS
 from quality import answers
 from quality.methods import DENSE, METHODS
@@ -31,7 +32,6 @@ from tqdm import tqdm
 from sparsed_vllm.kernels.api import BLOCK_SIZES
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "examples/needle/model"
 ROUND = 4  # questions of each task that go through all methods before more are drawn
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}  # of one forward pass
 
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, default=MODEL, help="a checkpoint folder")
+    add("--model", type=Path, default=checkpoint.SHIPPED, help="a checkpoint folder")
     add("--lengths", type=int, nargs="+", default=[512], help="tokens of a prompt")
     add("--tasks", nargs="+", default=list(TASKS), help=", ".join(TASKS))
     add("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))

@@ -21,8 +21,8 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed
 
 import torch
-from bench_quality import MODEL
 from matplotlib import pyplot
+from needle import checkpoint
 from needle.decoding import denoise
 from needle.network import Attention, Network, full_attention
 from needle.tasks import TASKS
@@ -206,8 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--out", type=Path, default=MODEL.parents[2] / "docs")
+    parser.add_argument("--model", type=Path, default=checkpoint.SHIPPED)
+    parser.add_argument("--out", type=Path, default=checkpoint.SHIPPED.parents[2] / "docs")
     parser.add_argument("--length", type=int, default=384, help="tokens of a prompt")
     parser.add_argument("--samples", type=int, default=2, help="questions of each task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

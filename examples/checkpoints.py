@@ -68,8 +68,8 @@ def write_llada(
     """Write a checkpoint like GSAI-ML/LLaDA-8B-Instruct; sizes are the fields of Shape."""
     shape = Shape(**sizes)
     folder = _folder(path)
-    _write_json(folder / "config.json", llada_config(shape, tie))
-    _write_json(folder / "generation_config.json", {"eos_token_id": LLADA_EOS_ID})
+    write_json(folder / "config.json", llada_config(shape, tie))
+    write_json(folder / "generation_config.json", {"eos_token_id": LLADA_EOS_ID})
     _write_weights(folder, _draw(_llada_weights(shape, tie), seed), shards)
     _write_tokenizer(folder, LLADA_SPECIALS, "<|startoftext|>", LLADA_CHAT)
     return folder
@@ -81,8 +81,8 @@ def write_dream(
     """Write a checkpoint like Dream-org/Dream-v0-Instruct-7B; sizes are the fields of Shape."""
     shape = Shape(**sizes)
     folder = _folder(path)
-    _write_json(folder / "config.json", dream_config(shape, tie))
-    _write_json(folder / "generation_config.json", dream_generation_config())
+    write_json(folder / "config.json", dream_config(shape, tie))
+    write_json(folder / "generation_config.json", dream_generation_config())
     _write_weights(folder, _draw(_dream_weights(shape, tie), seed), shards)
     _write_tokenizer(folder, DREAM_SPECIALS, "<|beginoftext|>", DREAM_CHAT)
     return folder
@@ -288,7 +288,7 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) 
         weight_map |= dict.fromkeys(names, file)
     total = sum(w.nbytes for w in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, chat: str) -> None:
@@ -298,6 +298,14 @@ def _write_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, chat: st
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(specials))
+    save_tokenizer(folder, tokenizer, bos, chat)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, bos: str, chat: str, **more: str) -> None:
+    """tokenizer.json and tokenizer_config.json, as transformers reads them.
+
+    more: further settings, such as the unknown token
+    """
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -307,8 +315,9 @@ def _write_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, chat: st
         "chat_template": chat,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        **more,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _folder(path: str | Path) -> Path:
@@ -316,5 +325,5 @@ def _folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")

@@ -19,15 +19,14 @@ import string
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from needle import checkpoint
 from needle.tasks import TASKS, Sample, spell
 from vllm import LLM, SamplingParams
 
 from sparsed_vllm.phases import recording_step
 
-MODEL = Path(__file__).parent / "needle" / "model"
 ASKED = [("single", 1250), ("multikey", 1300), ("multiquery", 1350), ("common", 1200)]  # tokens
 MIN_WORDS = 1000
 CANVAS, STEPS = 32, 16
@@ -106,7 +105,7 @@ def report(number: int, sample: Sample, answers: dict[str, Answer]) -> None:
 
 
 def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else str(MODEL)
+    path = sys.argv[1] if len(sys.argv) > 1 else str(checkpoint.SHIPPED)
     print(f"starting vLLM with {path} ...", flush=True)
     llm = start(path)
     samples = [find(task, tokens) for task, tokens in ASKED]

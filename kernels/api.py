@@ -36,10 +36,8 @@ logger = logging.getLogger("vllm.sparsed.kernels")
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (32, 64, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HOPPER_TRITONS = (
-    (3, 6),
-    (3, 9),
-)  # the oldest and the newest that the kernel for Hopper compiles on
+# The oldest and the newest that the kernel for Hopper compiles on.
+HOPPER_TRITONS = ((3, 6), (3, 9))
 
 
 def block_scores(

@@ -3,7 +3,6 @@
 """Settings for vLLM, made before it is imported, and the engines that tests share."""
 
 import os
-from pathlib import Path
 
 # One process, so that a test can look into the scheduler; test_serve.py spawns its own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -55,11 +54,10 @@ def dream(dream_path):
 @pytest.fixture(scope="session")
 def needle():
     """The small trained model that ships with the repository."""
-    import train_needle
     from engines import start_engine
+    from needle.checkpoint import SHIPPED
 
-    path = Path(train_needle.__file__).parent / "needle" / "model"
-    return start_engine(path, max_model_len=2048)
+    return start_engine(SHIPPED, max_model_len=2048)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from needle.network import Network, Shape
 from needle.training import LENGTHS, Plan, Trainer
 from vllm import SamplingParams
 
-MODEL = Path(train_needle.__file__).parent / "needle" / "model"
 TINY = Shape(n_layers=1, n_heads=1, d_model=64, mlp_hidden_size=64)
 
 
@@ -51,7 +50,7 @@ def test_known_words_are_one_token_and_others_are_spelled():
 def test_the_shipped_tokenizer_is_the_vocabulary():
     from transformers import AutoTokenizer
 
-    shipped = AutoTokenizer.from_pretrained(MODEL)
+    shipped = AutoTokenizer.from_pretrained(checkpoint.SHIPPED)
     words = ["the", "number", "of", "apple", "is", "4711", "."]
     chat = [{"role": "user", "content": tasks.spell(words)}]
     ids = shipped.apply_chat_template(chat, tokenize=True)["input_ids"]
@@ -121,7 +120,7 @@ def test_nonsense_is_refused_in_one_line(arguments, monkeypatch, capsys):
 
 
 def test_the_shipped_model_is_small():
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 15_000_000
+    assert sum(file.stat().st_size for file in checkpoint.SHIPPED.iterdir()) <= 15_000_000
 
 
 @pytest.mark.engine

@@ -5,9 +5,7 @@
 import random
 from dataclasses import dataclass
 
-from needle import tasks
-from needle.batches import CHAT_TOKENS, EOS_ID, prompt_ids
-from needle.vocabulary import encode
+from needle.batches import EOS_ID, pose
 
 SHORTEST, CANVASES = 96, range(16, 65)  # tokens, as the model is trained
 
@@ -24,11 +22,7 @@ class Question:
 def draw(task: str, length: int, canvas: int, index: int) -> Question:
     """Question number `index`: a prompt of `length` tokens whose answer leaves the canvas room."""
     rng = random.Random(f"{task} {length} {canvas} {index}")
-    while True:
-        sample = tasks.TASKS[task](rng, length - CHAT_TOKENS)
-        prompt, answer = prompt_ids(sample), encode(sample.answer)
-        if len(prompt) == length and len(answer) < canvas:
-            return Question(task, prompt, answer)
+    return Question(task, *pose(rng, task, length, canvas))
 
 
 @dataclass(frozen=True)

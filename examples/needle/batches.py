@@ -61,6 +61,15 @@ def prompt_ids(sample: Sample, *, plain: bool = False) -> list[int]:
     return encode([*words, *PLAIN_END]) if plain else chat_ids(words)
 
 
+def pose(rng: random.Random, task: str, length: int, canvas: int) -> tuple[list[int], list[int]]:
+    """A chat prompt of exactly `length` tokens, and its answer, which leaves the canvas room."""
+    while True:
+        sample = tasks.TASKS[task](rng, length - CHAT_TOKENS)
+        prompt, answer = prompt_ids(sample), encode(sample.answer)
+        if len(prompt) == length and len(answer) < canvas:
+            return prompt, answer
+
+
 def question(rng: random.Random, length: int) -> Example:
     """A prompt and the canvas behind it, `length` tokens together."""
     while True:

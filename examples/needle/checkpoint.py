@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from needle.network import Network, Shape
-from needle.vocabulary import EOS, ID, MASK, save_tokenizer
+from needle.vocabulary import BOS, EOS, ID, MASK, UNKNOWN, tokenizer
 
 WEIGHTS = "model.safetensors"
+SHIPPED = Path(__file__).parent / "model"  # the one that comes with the repository
 
 
 def save(network: Network, folder: Path) -> None:
@@ -27,9 +28,9 @@ def save(network: Network, folder: Path) -> None:
     kept = {name: weight.bfloat16().cpu().contiguous() for name, weight in weights.items()}
     save_file(kept, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
-    _write_json(folder / "config.json", config(network.shape))
-    _write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
-    save_tokenizer(folder)
+    checkpoints.write_json(folder / "config.json", config(network.shape))
+    checkpoints.write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
+    checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, unk_token=UNKNOWN)
 
 
 def load(folder: Path) -> Network:
@@ -60,7 +61,3 @@ def config(shape: Shape) -> dict[str, Any]:
         "pad_token_id": ID[EOS],
     }
     return checkpoints.llada_config(sizes, tie=False) | own
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from needle.batches import CHAT_TOKENS, EOS_ID, prompt_ids
+from needle.batches import EOS_ID, pose
 from needle.decoding import denoise
 from needle.network import Network
-from needle.tasks import TASKS
-from needle.vocabulary import encode
 
 CANVAS = STEPS = 32
 
@@ -28,15 +26,9 @@ class Exam:
 def draw(task: str, length: int, samples: int, seed: int) -> Exam:
     """The same questions for the same arguments."""
     rng = random.Random(f"{task} {length} {seed}")
-    prompts: list[list[int]] = []
-    answers: list[list[int]] = []
-    while len(prompts) < samples:
-        sample = TASKS[task](rng, length - CHAT_TOKENS)
-        prompt, answer = prompt_ids(sample), encode(sample.answer)
-        if len(prompt) == length and len(answer) < CANVAS:
-            prompts.append(prompt)
-            answers.append(answer + [EOS_ID] * (CANVAS - len(answer)))
-    return Exam(torch.tensor(prompts), torch.tensor(answers))
+    posed = [pose(rng, task, length, CANVAS) for _ in range(samples)]
+    answers = [answer + [EOS_ID] * (CANVAS - len(answer)) for _, answer in posed]
+    return Exam(torch.tensor([prompt for prompt, _ in posed]), torch.tensor(answers))
 
 
 def evaluate(network: Network, exam: Exam, batch: int = 64) -> tuple[float, float]:

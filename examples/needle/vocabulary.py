@@ -2,36 +2,19 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The needle model's vocabulary and tokenizer: known words are one token, others are spelled."""
 
-import json
 import string
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
+from checkpoints import LLADA_SPECIALS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from needle.words import ADJECTIVES, NOUNS, OTHERS
 
-BOS, EOS, MASK, HEADER, END_HEADER, END_TURN, UNKNOWN = SPECIALS = (
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|mdm_mask|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|unk|>",
-)
+UNKNOWN = "<|unk|>"
+SPECIALS = (*LLADA_SPECIALS, UNKNOWN)
+BOS, EOS, MASK, HEADER, END_HEADER, END_TURN = LLADA_SPECIALS
 SIZE = 1024  # embedding rows; the last ones are spare
-
-# LLaDA's own template; the line breaks are for other tokenizers, this one reads none.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
-)
 
 
 def _pieces() -> list[str]:
@@ -74,19 +57,3 @@ def tokenizer() -> Tokenizer:
     made.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     made.add_special_tokens(list(SPECIALS))
     return made
-
-
-def save_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, as transformers reads them."""
-    tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "unk_token": UNKNOWN,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

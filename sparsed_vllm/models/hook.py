@@ -91,7 +91,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
         "--return-sampling-mask": (
-            vllm_config.model_config.return_sampling_mask,
+            model.return_sampling_mask,
             "a place is filled from all tokens; leave it out",
         ),
     }

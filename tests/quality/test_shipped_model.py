@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The shipped model answers through the engine as the quality bench says it does."""
 
-import bench_quality
 import pytest
 import torch
+from needle import checkpoint
 from quality.answers import Engine, Harness, load
 from quality.methods import METHODS
 from quality.questions import draw, mark
@@ -21,7 +21,7 @@ def engine(needle):
 
 @pytest.fixture(scope="module")
 def harness():
-    return Harness(load(bench_quality.MODEL, torch.device("cpu")), **SIZES)
+    return Harness(load(checkpoint.SHIPPED, torch.device("cpu")), **SIZES)
 
 
 @pytest.mark.parametrize("name", ["dense", "sparsed-0.3", "sparsed-0.1", "no-warm-up"])

@@ -12,6 +12,8 @@ from sparsed_vllm.kernels.layout import QueryBlocks, Span, id_dtype
 class Pattern:
     """One request's table on one rank: written once, by its recording step, then only read.
 
+    It lists nothing until then, so that a layer whose recording failed leaves no ids to follow.
+
     blocks: the request's query blocks, its first token counting as token 0
     kept int16 or int32 [num_layers, num_blocks, num_heads, width]: ids, ascending, then -1
     num_kept int32 [num_layers, num_blocks, num_heads]: how many ids count
@@ -33,7 +35,7 @@ class Pattern:
         shape = (num_layers, self.blocks.num_blocks, num_heads)
         dtype = id_dtype(self.blocks.max_key_blocks)
         self.kept = torch.empty(*shape, self.blocks.most_kept, dtype=dtype, device=device)
-        self.num_kept = torch.empty(shape, dtype=torch.int32, device=device)
+        self.num_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.rows = torch.arange(self.blocks.num_blocks, device=device)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

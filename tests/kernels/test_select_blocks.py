@@ -83,6 +83,21 @@ def test_scores_from_the_smallest_to_infinity_are_ordered(select, device):
 
 
 @both
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_scores_that_are_not_numbers_still_list_blocks_that_exist(nan, select, device):
+    batch = make_batch([(160, 80), (50, 20)], 16)
+    scores = random_scores(batch)
+    for s in scores:
+        s[:, ::2] = torch.where(s[:, ::2] >= 0, nan, s[:, ::2])
+    table = run(batch, scores, select, device)
+    for place in range(batch.blocks.num_blocks):
+        row, count = table.rows[place], -(-int(batch.blocks.lengths[place]) // 16)
+        for kept, num_kept in zip(table.kept[row], table.num_kept[row].tolist(), strict=True):
+            ids = kept[:num_kept].tolist()
+            assert ids == sorted(set(ids)) and set(ids) <= set(range(count))
+
+
+@both
 def test_a_wide_table_ends_in_minus_one(select, device):
     batch = make_batch([(40, 20)], 16)
     check(batch, random_scores(batch), select, device, width=50)

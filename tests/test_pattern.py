@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""A request's table before its recording step has written it."""
+
+import pytest
+import torch
+
+from sparsed_vllm.config import Sparsity
+from sparsed_vllm.kernels import api
+from sparsed_vllm.pattern import Pattern
+from sparsed_vllm.recorded_tables import RecordedTables
+
+NUM_TOKENS, NUM_HEADS = 50, 2
+
+
+@pytest.fixture
+def pattern(monkeypatch):
+    """A table of two layers, on memory that held something else."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: empty(*shape, **kwargs).fill_(99))
+    return Pattern(
+        Sparsity(skip=0.2, select=0.3, block_size=16),
+        num_prompt_tokens=30,
+        num_tokens=NUM_TOKENS,
+        num_layers=2,
+        num_heads=NUM_HEADS,
+        device=torch.device("cpu"),
+    )
+
+
+def test_a_table_that_was_not_recorded_counts_no_blocks(pattern):
+    assert RecordedTables({"0": pattern}).tolists()["0"].kept == 0
+
+
+def test_a_table_that_was_not_recorded_has_no_ids_to_follow(pattern):
+    q, k, v = torch.randn(3, NUM_TOKENS, NUM_HEADS, 64)
+    out = torch.ones_like(q)
+    api.block_sparse_attention(q, k, v, pattern.blocks, *pattern.of_layer(1), scale=1.0, out=out)
+    assert not out.any()

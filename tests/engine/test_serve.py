@@ -221,7 +221,7 @@ def test_the_responses_api_gives_the_answer_of_a_chat(client):
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert len(deltas) > 1
     assert "".join(deltas) == answer.output_text
-    assert events[-1].type == "response.completed"
+    assert events[-1].response.incomplete_details.reason == "max_output_tokens"
     assert client.responses.create(model="tiny", input="hi").usage.output_tokens <= 20
     with pytest.raises(openai.BadRequestError, match="steps"):
         client.responses.create(**{**body, "extra_body": {"vllm_xargs": {"steps": 0}}})

@@ -118,6 +118,15 @@ class Denoising:
         """
         return self.canvas.open_places(self._num_open(), self._end_of_open())
 
+    def reach(self) -> range:
+        """The places among which those of `open_places` are, as far as the host can tell."""
+        if self.params.threshold is not None:
+            # Each step so far has filled a place, block after block.
+            first = min(self.step, self.params.num_tokens - 1)
+            return range(first - first % self.params.block_length, self.params.num_tokens)
+        block, _ = self.schedule.locate(min(self.step, self.schedule.num_steps - 1))
+        return range(block.start, block.end)
+
     def _end_of_open(self) -> int | None:
         """Where the open places of this step end; None if the canvas knows it alone.
 

@@ -69,6 +69,30 @@ def test_a_block_is_handed_out_at_its_last_step(networks):
     assert [len(chunk) for chunk in chunks] == [0, 8, 0, 8, 0, 8]
 
 
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        (LLADA, {"steps": 6, "block_length": 8}),
+        (LLADA, {"steps": 24, "block_length": 7}),
+        (LLADA, {"threshold": 0.05, "block_length": 7}),
+        (DREAM, {"threshold": 0.05, "block_length": 8}),
+        (DREAM, {"alg": "origin", "block_length": 4}),
+        (DREAM, {"alg": "entropy", "steps": 7, "block_length": 5}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_final", [0, 16])
+def test_open_places_lie_where_the_host_expects_them(networks, family, extra, num_final):
+    if num_final % extra["block_length"]:
+        num_final = 0
+    denoising = open_request(family, final=[5] * num_final, **extra)
+    while not denoising.is_over:
+        places = denoising.open_places().tolist()
+        assert {place for place in places if place >= 0} <= set(denoising.reach())
+        take_step(denoising, networks[family], family.shifts_logits)
+    assert denoising.reach()  # of a step that runs in vain
+
+
 @pytest.mark.parametrize("block_length", [4, 12])
 @pytest.mark.parametrize("seed", range(8))
 def test_a_block_that_is_drawn_before_its_last_step_waits_for_it(networks, block_length, seed):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, id_dtype, most_kept, num_blocks
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype, most_kept, num_blocks
 
 __all__ = [
     "BLOCK_SIZES",
     "HEAD_DIMS",
     "QueryBlocks",
     "Span",
+    "Window",
     "block_scores",
     "block_sparse_attention",
     "dense_attention",
@@ -50,6 +51,7 @@ def block_scores(
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean softmax mass per key block: among all keys, and among the generation's."""
+    assert not blocks.has_windows, "a table has a row for every query block"
     _check_batch(blocks, q, k)
     if lse is not None:
         assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
@@ -86,7 +88,11 @@ def block_sparse_attention(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Attention over the listed key blocks; a tensor, or with return_lse a pair."""
+    """Attention over the listed key blocks; a tensor, or with return_lse a pair.
+
+    return_lse: not of windows, for which no kernel need know where q ends
+    """
+    assert not (return_lse and blocks.has_windows)
     _check_batch(blocks, q, k, v)
     _check_table(blocks, q.shape[1], kept, num_kept, rows)
     table = (kept, num_kept, rows)
@@ -169,8 +175,9 @@ def _check_batch(blocks: QueryBlocks, q: Tensor, k: Tensor, v: Tensor | None = N
     assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
     assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
     assert q.shape[1] % k.shape[1] == 0, "each key head serves the same number of query heads"
+    assert q.shape[0] == k.shape[0] or blocks.has_windows
     for keys in (k, k if v is None else v):
-        assert keys.shape == (q.shape[0], k.shape[1], q.shape[2]) and keys.dtype == q.dtype
+        assert keys.shape == (k.shape[0], k.shape[1], q.shape[2]) and keys.dtype == q.dtype
         assert keys.stride(2) == q.stride(2) == 1, "a head's numbers lie side by side"
 
 

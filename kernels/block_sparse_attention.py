@@ -42,7 +42,7 @@ def block_sparse_attention(
     if blocks.num_blocks:
         _block_sparse_attention_kernel[grid](
             *(q, k, v, out, lse),
-            *(blocks.starts, blocks.lengths, blocks.indices),
+            *(blocks.starts, blocks.lengths, blocks.indices, blocks.query_starts),
             *(kept, num_kept, rows),
             *(q.shape[0], scale * LOG2_E.value),
             *(stride for x in (q, k, v, out, kept, num_kept) for stride in x.stride()[:2]),
@@ -58,7 +58,7 @@ def block_sparse_attention(
 # Nothing depends on what divides these, and each would be compiled for anew.
 @triton.jit(
     do_not_specialize=[
-        *("num_tokens", "stride_kept_row", "stride_kept_head"),
+        *("num_rows", "stride_kept_row", "stride_kept_head"),
         *("stride_num_row", "stride_num_head"),
     ]
 )
@@ -71,10 +71,11 @@ def _block_sparse_attention_kernel(
     starts,
     lengths,
     indices,
+    query_starts,
     kept_ptr,
     num_kept_ptr,
     rows_ptr,
-    num_tokens,
+    num_rows,
     scale_log2,
     stride_qt,
     stride_qh,
@@ -107,7 +108,9 @@ def _block_sparse_attention_kernel(
     length = tl.load(lengths + block)
     first_row = tl.load(indices + block) * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS
     rows = first_row + tl.arange(0, ROWS)
-    q_base = q_ptr + start * stride_qt + head * stride_qh
+    # Below 0 where q lacks the sequence's beginning; the tile's own rows are not.
+    query_start = tl.load(query_starts + block).to(tl.int64)
+    q_base = q_ptr + query_start * stride_qt + head * stride_qh
     k_base = k_ptr + start * stride_kt + head // GROUP * stride_kh
     v_base = v_ptr + start * stride_vt + head // GROUP * stride_vh
     table_row = tl.load(rows_ptr + block)
@@ -132,8 +135,8 @@ def _block_sparse_attention_kernel(
         seen = first + keys < length
         acc, total, peak = attend(acc, total, peak, q, k, v, seen, scale_log2, True)
 
-    out = out_ptr + start * stride_ot + head * stride_oh
-    lse_offset = head * num_tokens + start
+    out = out_ptr + query_start * stride_ot + head * stride_oh
+    lse_offset = head * num_rows + query_start
     store_attention(
         acc,
         total,

@@ -38,7 +38,7 @@ def dense_attention(
     if blocks.num_blocks:
         _dense_attention_kernel[grid](
             *(q, k, v, out, lse),
-            *(blocks.starts, blocks.lengths, blocks.indices),
+            *(blocks.starts, blocks.lengths, blocks.indices, blocks.query_starts),
             *(q.shape[0], scale * LOG2_E.value),
             *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
             GROUP=q.shape[1] // k.shape[1],
@@ -50,7 +50,7 @@ def dense_attention(
     return out if lse is None else (out, lse)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # else compiled anew for what divides it
+@triton.jit(do_not_specialize=["num_rows"])  # else compiled anew for what divides it
 def _dense_attention_kernel(
     q_ptr,
     k_ptr,
@@ -60,7 +60,8 @@ def _dense_attention_kernel(
     starts,
     lengths,
     indices,
-    num_tokens,
+    query_starts,
+    num_rows,
     scale_log2,
     stride_qt,
     stride_qh,
@@ -85,7 +86,9 @@ def _dense_attention_kernel(
     length = tl.load(lengths + block)
     first_row = tl.load(indices + block) * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS
     rows = first_row + tl.arange(0, ROWS)
-    q_base = q_ptr + start * stride_qt + head * stride_qh
+    # Below 0 where q lacks the sequence's beginning; the tile's own rows are not.
+    query_start = tl.load(query_starts + block).to(tl.int64)
+    q_base = q_ptr + query_start * stride_qt + head * stride_qh
     k_base = k_ptr + start * stride_kt + head // GROUP * stride_kh
     v_base = v_ptr + start * stride_vt + head // GROUP * stride_vh
 
@@ -105,8 +108,8 @@ def _dense_attention_kernel(
         seen = whole + lanes < length
         acc, total, peak = attend(acc, total, peak, q, k, v, seen, scale_log2, True)
 
-    out = out_ptr + start * stride_ot + head * stride_oh
-    lse_offset = head * num_tokens + start
+    out = out_ptr + query_start * stride_ot + head * stride_oh
+    lse_offset = head * num_rows + query_start
     store_attention(
         acc,
         total,

@@ -61,9 +61,10 @@ def block_sparse_attention(
     out, lse = empty_attention(q, out, return_lse)
     for span, places in blocks.by_span():
         tokens = slice(span.first, span.first + span.length)
+        queries = span.query_rows
         part = None if lse is None else lse[:, tokens]
         table = (kept, num_kept, rows[places])
-        _attend_in_sequence(q[tokens], k[tokens], v[tokens], out[tokens], part, *table, scale)
+        _attend_in_sequence(q[queries], k[tokens], v[tokens], out[queries], part, *table, scale)
     return out if lse is None else (out, lse)
 
 
@@ -78,12 +79,15 @@ def _attend_in_sequence(
     rows: Tensor,
     scale: float,
 ) -> None:
-    """One launch for one sequence: what lies past its end reads as zeros, and is not written."""
+    """One launch for one sequence: what lies past its end reads as zeros, and is not written.
+
+    q, out [rows of its query blocks, ...];  k, v [its tokens, ...]
+    """
     num_tiles = rows.shape[0] * q.shape[1]
     _block_sparse_attention_kernel[(min(num_tiles, _num_multiprocessors(q.device)),)](
         *(_tiles_of(x, rows) for x, rows in ((q, ROWS), (k, BLOCK), (v, BLOCK), (out, ROWS))),
         *(lse, kept, num_kept, rows),
-        *(q.shape[0], rows.shape[0], num_tiles, scale * LOG2_E),
+        *(k.shape[0], rows.shape[0], num_tiles, scale * LOG2_E),
         *(x.stride(1) for x in (q, k, v, out)),
         0 if lse is None else lse.stride(0),
         *(stride for x in (kept, num_kept) for stride in x.stride()[:2]),

@@ -11,6 +11,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Window:
+    """Whole query blocks of a sequence, where q holds no others: its tokens [start, end)."""
+
+    row: int  # of q, where token `start` lies
+    start: int  # a multiple of the block size
+    end: int  # another one, or the sequence's end
+
+
+@dataclass(frozen=True)
 class Span:
     """One sequence of a packed batch: tokens [first, first + length), the prompt in front."""
 
@@ -18,11 +27,31 @@ class Span:
     length: int
     prompt_length: int
     select: float = 1.0  # share of key blocks to keep, in (0, 1]; read by the selection only
+    window: Window | None = None  # None: q holds the whole sequence where k and v do
+
+    @property
+    def query_start(self) -> int:
+        """The row of q where the first token lies or, before a window, would: maybe below 0."""
+        return self.first if self.window is None else self.window.row - self.window.start
+
+    @property
+    def query_rows(self) -> slice:
+        """The rows of q that hold the sequence's queries."""
+        if self.window is None:
+            return slice(self.first, self.first + self.length)
+        return slice(self.window.row, self.window.row + self.window.end - self.window.start)
+
+    def query_blocks(self, block_size: int) -> range:
+        """The places in the sequence, in blocks, of the query blocks that q holds."""
+        if self.window is None:
+            return range(num_blocks(self.length, block_size))
+        assert self.window.start % block_size == 0, "a window begins with a block"
+        return range(self.window.start // block_size, num_blocks(self.window.end, block_size))
 
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """All query blocks of a packed batch of one block size, sequence after sequence.
+    """The query blocks of a packed batch of one block size, sequence after sequence.
 
     The tensors are int32 [num_blocks], one number for each query block.
     """
@@ -36,6 +65,7 @@ class QueryBlocks:
     first_gens: Tensor  # first generation block of the sequence
     keep_all: Tensor  # blocks that the selection among all blocks takes
     keep_gen: Tensor  # blocks that the selection among generation blocks takes
+    query_starts: Tensor  # Span.query_start of the block's sequence
 
     @classmethod
     def of(
@@ -43,13 +73,18 @@ class QueryBlocks:
     ) -> "QueryBlocks":
         """The blocks of `spans`, sent to `device` in one copy."""
         columns = [column for span in spans for column in _columns(span, block_size)]
-        table = torch.tensor(columns, dtype=torch.int32).reshape(-1, 6).T.contiguous()
+        table = torch.tensor(columns, dtype=torch.int32).reshape(-1, 7).T.contiguous()
         most = max((num_blocks(span.length, block_size) for span in spans), default=0)
         return cls(block_size, tuple(spans), most, *table.to(device, non_blocking=True))
 
     @property
     def num_blocks(self) -> int:
         return self.indices.shape[0]
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether q lacks query blocks of a sequence."""
+        return any(span.window is not None for span in self.spans)
 
     @property
     def most_kept(self) -> int:
@@ -64,7 +99,7 @@ class QueryBlocks:
         """Each sequence with the places of its query blocks among all of them."""
         first = 0
         for span in self.spans:
-            after = first + num_blocks(span.length, self.block_size)
+            after = first + len(span.query_blocks(self.block_size))
             yield span, slice(first, after)
             first = after
 
@@ -117,5 +152,5 @@ def _columns(span: Span, block_size: int) -> Iterator[tuple[int, ...]]:
     count = num_blocks(span.length, block_size)
     first_gen = first_gen_block(span, block_size)
     counts = keep_counts(count, first_gen, span.select)
-    for index in range(count):
-        yield span.first, span.length, index, first_gen, *counts
+    for index in span.query_blocks(block_size):
+        yield span.first, span.length, index, first_gen, *counts, span.query_start

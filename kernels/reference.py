@@ -119,10 +119,11 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where each head of a query block sees only the key blocks kept for it.
 
-    q [tokens, num_heads, head_dim]; k, v [tokens, num_kv_heads, head_dim]
-    kept, num_kept, rows: as select_blocks wrote them
+    q [rows, num_heads, head_dim]; k, v [tokens, num_kv_heads, head_dim]: as many rows as tokens
+    unless the spans have windows
+    kept, num_kept, rows: as select_blocks wrote them, of the query blocks that q holds
     Returns q's shape and dtype and, with return_lse, the log-sum-exp of the logits, float32
-    [num_heads, tokens]. An empty list gives zeros and -inf. Tokens of no sequence: not written.
+    [num_heads, rows]. An empty list gives zeros and -inf. Rows of no sequence: not written.
     """
     out, lse = empty_attention(q, out, return_lse)
     for span, places in blocks.by_span():
@@ -185,21 +186,21 @@ def dense_attention(
     group = q.shape[1] // v.shape[1]
     for span, places in blocks.by_span():
         values = _heads_first(v[span.first : span.first + span.length])
-        for _, tokens, heads, logits in _logits(q, k, span, places, blocks.block_size, scale):
+        for _, rows, heads, logits in _logits(q, k, span, places, blocks.block_size, scale):
             # The heads of a group read the same values: as one matrix.
             weights = logits.softmax(-1).view(-1, group * logits.shape[1], span.length)
             part = weights @ values[heads.start // group : heads.stop // group]
             part = part.view(-1, logits.shape[1], v.shape[2])
-            out[tokens, heads] = part.transpose(0, 1).to(out.dtype)
+            out[rows, heads] = part.transpose(0, 1).to(out.dtype)
             if lse is not None:
-                lse[heads, tokens] = logits.logsumexp(-1)
+                lse[heads, rows] = logits.logsumexp(-1)
     return out if lse is None else (out, lse)
 
 
 def empty_attention(
     q: Tensor, out: Tensor | None, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Room for what an attention over q [tokens, num_heads, head_dim] returns."""
+    """Room for what an attention over q [rows, num_heads, head_dim] returns."""
     out = torch.empty_like(q) if out is None else out
     shape = (q.shape[1], q.shape[0])
     return out, q.new_empty(shape, dtype=torch.float32) if return_lse else None
@@ -211,10 +212,10 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _rows_of(span: Span, block_size: int) -> Iterator[slice]:
-    """The tokens of each query block of `span`."""
-    end = span.first + span.length
-    for first in range(span.first, end, block_size):
-        yield slice(first, min(first + block_size, end))
+    """The rows of q of each query block of `span` that it holds."""
+    rows = span.query_rows
+    for first in range(rows.start, rows.stop, block_size):
+        yield slice(first, min(first + block_size, rows.stop))
 
 
 def _logits(
@@ -222,14 +223,14 @@ def _logits(
 ) -> Iterator[tuple[int, slice, slice, Tensor]]:
     """scale * q k^T of one sequence, a query block and some heads at a time.
 
-    Yields the query block, its tokens, the heads, and float32 [heads, rows, length].
+    Yields the query block, its rows of q, the heads, and float32 [heads, rows, length].
     """
     keys = _heads_first(k[span.first : span.first + span.length])
     group = q.shape[1] // k.shape[1]
     step = max(1, _TILE_ELEMENTS // (group * block_size * span.length))
-    for place, tokens in enumerate(_rows_of(span, block_size), start=places.start):
-        queries = (_heads_first(q[tokens]) * scale).view(k.shape[1], -1, q.shape[2])
+    for place, rows in enumerate(_rows_of(span, block_size), start=places.start):
+        queries = (_heads_first(q[rows]) * scale).view(k.shape[1], -1, q.shape[2])
         for first in range(0, k.shape[1], step):
             logits = queries[first : first + step] @ keys[first : first + step].mT
             heads = slice(first * group, (first + logits.shape[0]) * group)
-            yield place, tokens, heads, logits.view(-1, tokens.stop - tokens.start, span.length)
+            yield place, rows, heads, logits.view(-1, rows.stop - rows.start, span.length)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ from sparsed_vllm.admission import BACKEND_NAME
 from sparsed_vllm.kernels import api
 from sparsed_vllm.pattern import Pattern
 from sparsed_vllm.phases import Phase
+from sparsed_vllm.windows import Windows
 
 logger = init_logger("vllm.sparsed.attention")
 
@@ -52,35 +53,76 @@ def load_backend(name: str = BACKEND_NAME) -> AttentionBackendEnum:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Consecutive sequences in a tensor of a step.
+
+    rows: theirs in it
+    cu_seqlens int32 [num_sequences + 1]: where each begins within `rows`, on the device
+    lengths: their numbers of rows
+    """
+
+    rows: slice
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """cu_seqlens on the host."""
+        return list(accumulate(self.lengths, initial=0))
+
+
+@dataclass(frozen=True)
 class Run:
     """Consecutive sequences that attend to everything, in one call.
 
-    tokens: theirs in the batch
-    cu_seqlens int32 [num_sequences + 1]: where each begins within the run, on the device
-    lengths: their numbers of tokens
+    windows: the tokens of each whose queries there are
     """
 
-    tokens: slice
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
+    queries: Pack
+    keys: Pack
+    windows: tuple[slice, ...]
 
     @cached_property
     def blocks(self) -> api.QueryBlocks:
         """The run as our own kernels want it; all layers of a step share it."""
-        starts = accumulate(self.lengths, initial=0)
-        spans = [
-            api.Span(start, length, 0) for start, length in zip(starts, self.lengths, strict=False)
+        windows = [
+            api.Window(row, window.start, window.stop)
+            for row, window in zip(self.queries.starts, self.windows, strict=False)
         ]
-        return api.QueryBlocks.of(spans, _DENSE_ROWS, self.cu_seqlens.device)
+        spans = [
+            api.Span(start, length, 0, window=window)
+            for start, length, window in zip(
+                self.keys.starts, self.keys.lengths, windows, strict=False
+            )
+        ]
+        return api.QueryBlocks.of(spans, _DENSE_ROWS, self.keys.cu_seqlens.device)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """One sequence that attends to the key blocks of its table.
+
+    blocks: its query blocks that q holds;  rows int64 [blocks.num_blocks]: theirs in the table
+    """
+
+    queries: slice
+    tokens: slice
+    pattern: Pattern
+    blocks: api.QueryBlocks
+    rows: Tensor
 
 
 @dataclass(frozen=True)
 class SparsedMetadata:
-    """How the sequences of a step attend."""
+    """How the sequences of a step attend.
+
+    narrowed: the same for queries of the step's windows alone; None if it has none
+    """
 
     dense: tuple[Run, ...]
     recording: tuple[tuple[Run, Pattern], ...]  # one sequence each
-    sparse: tuple[tuple[slice, Pattern], ...]  # the tokens of one sequence each
+    sparse: tuple[Follower, ...]
+    narrowed: SparsedMetadata | None = None
 
 
 class SparsedBackend(AttentionBackend):
@@ -127,43 +169,76 @@ class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
         patterns: Sequence[tuple[Phase, Pattern | None]] = (),
+        windows: Windows | None = None,
     ) -> SparsedMetadata:
-        """patterns: each sequence's phase and table; none for vLLM's dummy batches."""
-        runs = _Runs(common_attn_metadata)
-        patterns = patterns or [(Phase.DENSE, None)] * runs.num_sequences
+        """patterns: each sequence's phase and table; none for vLLM's dummy batches.
+
+        windows: the rows that the last layer may do with; None: all
+        """
+        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        tokens = _Packs(common_attn_metadata.query_start_loc, starts)
+        patterns = patterns or [(Phase.DENSE, None)] * (len(starts) - 1)
+        whole = [slice(0, end - start) for start, end in pairwise(starts)]
+        metadata = _Sequences(tokens, tokens, whole).sort(patterns)
+        if windows is None:
+            return metadata
+        queries = _Packs(windows.cu_rows, windows.starts)
+        return replace(metadata, narrowed=_Sequences(queries, tokens, windows.of).sort(patterns))
+
+
+@dataclass(frozen=True)
+class _Packs:
+    """Where the sequences of a step begin in a tensor, on the device and on the host."""
+
+    cu_seqlens: Tensor
+    starts: Sequence[int]
+
+    def of(self, first: int, end: int) -> Pack:
+        """Sequences [first, end)."""
+        starts = self.starts[first : end + 1]
+        cu_seqlens = self.cu_seqlens[first : end + 1] - self.cu_seqlens[first]
+        lengths = tuple(b - a for a, b in pairwise(starts))
+        return Pack(slice(starts[0], starts[-1]), cu_seqlens, lengths)
+
+    def rows(self, i: int) -> slice:
+        return slice(self.starts[i], self.starts[i + 1])
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """The sequences of a step; windows: the tokens of each whose queries there are."""
+
+    queries: _Packs
+    keys: _Packs
+    windows: Sequence[slice]
+
+    def sort(self, patterns: Sequence[tuple[Phase, Pattern | None]]) -> SparsedMetadata:
+        """patterns: each sequence's phase and table"""
         dense: list[Run] = []
         recording, sparse = [], []
         first = 0
         for i, (phase, pattern) in enumerate(patterns):
             if pattern is None:
                 continue
-            dense += runs.of(first, i)
+            dense += self._runs(first, i)
             first = i + 1
-            (run,) = runs.of(i, i + 1)
             if phase is Phase.SPARSE:
-                sparse.append((run.tokens, pattern))
+                sparse.append(self._follower(i, pattern))
             else:
-                recording.append((run, pattern))
-        dense += runs.of(first, len(patterns))
+                recording += [(run, pattern) for run in self._runs(i, i + 1)]
+        dense += self._runs(first, len(patterns))
         return SparsedMetadata(tuple(dense), tuple(recording), tuple(sparse))
 
-
-class _Runs:
-    """Cuts the sequences of a batch into runs."""
-
-    def __init__(self, common: CommonAttentionMetadata) -> None:
-        self._starts = common.query_start_loc
-        self._starts_cpu = common.query_start_loc_cpu.tolist()
-        self.num_sequences = len(self._starts_cpu) - 1
-
-    def of(self, first: int, end: int) -> list[Run]:
+    def _runs(self, first: int, end: int) -> list[Run]:
         """Sequences [first, end) as one run; none if there is no token in them."""
-        starts = self._starts_cpu[first : end + 1]
-        if not starts or starts[0] == starts[-1]:
+        if self.keys.starts[first] == self.keys.starts[end]:
             return []
-        cu_seqlens = self._starts[first : end + 1] - self._starts[first]
-        lengths = tuple(b - a for a, b in pairwise(starts))
-        return [Run(slice(starts[0], starts[-1]), cu_seqlens, lengths)]
+        windows = tuple(self.windows[first:end])
+        return [Run(self.queries.of(first, end), self.keys.of(first, end), windows)]
+
+    def _follower(self, i: int, pattern: Pattern) -> Follower:
+        tokens = (self.queries.rows(i), self.keys.rows(i))
+        return Follower(*tokens, pattern, *pattern.within(self.windows[i]))
 
 
 class SparsedImpl(AttentionImpl):
@@ -201,61 +276,65 @@ class SparsedImpl(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query, output [tokens, num_heads, head_size]; key, value [tokens, num_kv_heads, ...]"""
+        """query, output [rows, num_heads, head_size]; key, value [tokens, num_kv_heads, ...]
+
+        With fewer rows than tokens these are the rows of the step's windows. The caller's own
+        shapes tell, so that a layer may always ask for all, whatever the step's windows are.
+        """
         if attn_metadata is None:  # memory profiling
             return output.zero_()
+        if query.shape[0] < key.shape[0]:
+            assert attn_metadata.narrowed is not None
+            attn_metadata = attn_metadata.narrowed
         index = extract_layer_index(layer.layer_name)
         for run in attn_metadata.dense:
             self._dense(query, key, value, run, output)
         for run, pattern in attn_metadata.recording:
-            with _confined_to(output[run.tokens]):
+            with _confined_to(output[run.queries.rows]):
                 self._record(query, key, value, run, pattern, index, output)
-        for tokens, pattern in attn_metadata.sparse:
-            with _confined_to(output[tokens]):
-                self._follow(query, key, value, tokens, pattern, index, output)
+        for follower in attn_metadata.sparse:
+            with _confined_to(output[follower.queries]):
+                self._follow(query, key, value, follower, index, output)
         return output
 
     def _follow(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tokens: slice,
-        pattern: Pattern,
-        layer: int,
-        out: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, follower: Follower, layer: int, out: Tensor
     ) -> None:
-        """Attend to the key blocks that `pattern` holds."""
-        kept, num_kept, rows = pattern.of_layer(layer)
+        """Attend to the key blocks that the follower's table lists."""
+        kept, num_kept, _ = follower.pattern.of_layer(layer)
         api.block_sparse_attention(
-            q[tokens],
-            k[tokens],
-            v[tokens],
-            pattern.blocks,
+            q[follower.queries],
+            k[follower.tokens],
+            v[follower.tokens],
+            follower.blocks,
             kept,
             num_kept,
-            rows,
+            follower.rows,
             scale=self.scale,
-            out=out[tokens],
+            out=out[follower.queries],
         )
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, return_lse: bool = False
     ) -> Tensor | None:
-        """Attend to everything; returns the log-sum-exp, float32 [num_heads, the run's tokens]."""
+        """Attend to everything; returns the log-sum-exp, float32 [num_heads, the run's queries]."""
         attend = dense_kernel(q.device.type, q.dtype)
-        q, k, v, out = (x[run.tokens] for x in (q, k, v, out))
+        q, out = (x[run.queries.rows] for x in (q, out))
+        k, v = (x[run.keys.rows] for x in (k, v))
         return attend(q, k, v, run, self.scale, out, return_lse)
 
     def _record(
         self, q: Tensor, k: Tensor, v: Tensor, run: Run, pattern: Pattern, layer: int, out: Tensor
     ) -> None:
-        """Attend to everything, and note in `pattern` which key blocks mattered."""
+        """Attend to everything, and note in `pattern` which key blocks mattered.
+
+        The run has all queries of its sequence: later steps read other rows of the table.
+        """
         # Scores of another scale need a log-sum-exp of their own.
         lse = self._dense(q, k, v, run, out, return_lse=self.scoring_scale is None)
         scores, gen_scores = api.block_scores(
-            q[run.tokens],
-            k[run.tokens],
+            q[run.queries.rows],
+            k[run.keys.rows],
             lse,
             pattern.blocks,
             scale=self.scoring_scale or self.scale,
@@ -300,15 +379,14 @@ def _flash_kernel(flash_attn: Callable[..., Any], version: int | None) -> DenseK
     def dense(
         q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor, return_lse: bool
     ) -> Tensor | None:
-        longest = max(run.lengths)
         _, lse = flash_attn(
             q,
             k,
             v,
-            max_seqlen_q=longest,
-            cu_seqlens_q=run.cu_seqlens,
-            max_seqlen_k=longest,
-            cu_seqlens_k=run.cu_seqlens,
+            max_seqlen_q=max(run.queries.lengths),
+            cu_seqlens_q=run.queries.cu_seqlens,
+            max_seqlen_k=max(run.keys.lengths),
+            cu_seqlens_k=run.keys.cu_seqlens,
             softmax_scale=scale,
             causal=False,
             return_softmax_lse=True,

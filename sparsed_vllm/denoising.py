@@ -69,26 +69,26 @@ class Denoising:
     ) -> None:
         self.params = params
         self.sparsity = sparsity
+        device = generator.device
         self._forbidden = Forbidden(
             mask_token_id,
-            torch.tensor(params.stop_tokens, dtype=torch.int64, device=generator.device),
+            torch.tensor(params.stop_tokens, dtype=torch.int64).to(device, non_blocking=True),
         )
         self.schedule = Schedule.of(params)
         self.step = resume_step(self.schedule, num_final, sparsity is not None)
         num_filled = num_final if self.step else 0
-        tokens = [*tokens[:num_filled], *[mask_token_id] * (len(tokens) - num_filled)]
+        # The device may be at another request's step, and nobody waits for it here either.
+        filled = torch.tensor(tokens[:num_filled], dtype=torch.int64)
+        canvas = torch.full((len(tokens),), mask_token_id, device=device)
+        canvas[:num_filled] = filled.to(device, non_blocking=True)
         self.canvas = Canvas(
-            torch.tensor(tokens, device=generator.device),
-            torch.arange(len(tokens), device=generator.device) >= num_filled,
-            params.block_length,
+            canvas, torch.arange(len(tokens), device=device) >= num_filled, params.block_length
         )
         self._record = None
         if params.logprobs is not None:
-            self._record = LogprobRecord(
-                len(tokens), params.logprobs, mask_token_id, generator.device
-            )
-        self._has_failed = torch.zeros((), dtype=torch.bool, device=generator.device)
-        self.num_taken = torch.tensor(num_final, device=generator.device)
+            self._record = LogprobRecord(len(tokens), params.logprobs, mask_token_id, device)
+        self._has_failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.num_taken = torch.full((), num_final, device=device)
         self._seed = seed
         self._generator = generator
         self._pace_is_known = params.threshold is None and params.policy != "origin"
@@ -117,6 +117,15 @@ class Denoising:
         Returns int64 [n], ascending, -1 beyond the last; n is known without asking the device.
         """
         return self.canvas.open_places(self._num_open(), self._end_of_open())
+
+    def reach(self) -> range:
+        """The places among which those of `open_places` are, as far as the host can tell."""
+        if self.params.threshold is not None:
+            # Each step so far has filled a place, block after block.
+            first = min(self.step, self.params.num_tokens - 1)
+            return range(first - first % self.params.block_length, self.params.num_tokens)
+        block, _ = self.schedule.locate(min(self.step, self.schedule.num_steps - 1))
+        return range(block.start, block.end)
 
     def _end_of_open(self) -> int | None:
         """Where the open places of this step end; None if the canvas knows it alone.

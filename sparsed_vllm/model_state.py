@@ -26,6 +26,7 @@ from sparsed_vllm.pattern import Pattern
 from sparsed_vllm.phases import Phase
 from sparsed_vllm.recorded_tables import RecordedTables
 from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.windows import Windows, window_around
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Turn:
 
     places int64 [n]: the places of its canvas whose logits are read, -1 for padding
     query_start: where its sequence begins in the batch;  prompt_len: tokens before the canvas
+    window: tokens of its sequence: whole blocks that hold all whose hidden states are read
     pattern: the table that the step writes or follows; None: it does neither
     """
 
@@ -41,30 +43,37 @@ class Turn:
     places: Tensor
     query_start: int
     prompt_len: int
+    window: slice
     pattern: Pattern | None
 
 
-class StepPatterns(ModelSpecificAttnMetadata):
-    """Hands the phases and tables of a step to our metadata builder; no other asks for them."""
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step does with each request of `batch`, in batch order; None: no canvas (warm-up).
 
-    def __init__(self, turns: list[Turn | None]) -> None:
+    windows: the rows that the last layer computes; None: all
+    """
+
+    batch: InputBatch
+    turns: list[Turn | None]
+    windows: Windows | None = None
+
+
+class StepPatterns(ModelSpecificAttnMetadata):
+    """Hands a step's phases, tables and windows to our metadata builder; no other asks for them."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.windows = plan.windows
         # The phase is read before the sampler advances the request.
         self.patterns = [
-            (turn.denoising.phase, turn.pattern) if turn else (Phase.DENSE, None) for turn in turns
+            (turn.denoising.phase, turn.pattern) if turn else (Phase.DENSE, None)
+            for turn in plan.turns
         ]
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         if not isinstance(attn_metadata_builder, SparsedMetadataBuilder):
             return {}
-        return {"patterns": self.patterns}
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What a step does with each request of `batch`, in batch order; None: no canvas (warm-up)."""
-
-    batch: InputBatch
-    turns: list[Turn | None]
+        return {"patterns": self.patterns, "windows": self.windows}
 
 
 class DenoisingModelState(ModelState):
@@ -127,7 +136,7 @@ class DenoisingModelState(ModelState):
             self._turn(req_id, int(starts[i]), int(starts[i + 1]))
             for i, req_id in enumerate(input_batch.req_ids)
         ]
-        self.plan = StepPlan(input_batch, turns)
+        self.plan = StepPlan(input_batch, turns, self._windows(turns, input_batch))
         if None in turns:
             return  # Warm-up, which counts on vLLM's own rows.
         rows = torch.cat([self._rows(turn) for turn in turns if turn])
@@ -142,7 +151,25 @@ class DenoisingModelState(ModelState):
         if denoising.phase is Phase.RECORDING:
             self.patterns[req_id] = self._new_pattern(denoising.sparsity, prompt_len, end - start)
         pattern = self.patterns.get(req_id)
-        return Turn(denoising, denoising.open_places(), start, prompt_len, pattern)
+        window = self._window(denoising, prompt_len, end - start)
+        return Turn(denoising, denoising.open_places(), start, prompt_len, window, pattern)
+
+    def _window(self, denoising: Denoising, prompt_len: int, length: int) -> slice:
+        if denoising.phase is Phase.RECORDING:
+            return slice(0, length)  # A table has a row for every query block.
+        first = prompt_len - self.family.shifts_logits
+        reach = denoising.reach()
+        return window_around(range(first + reach.start, first + reach.stop), length)
+
+    def _windows(self, turns: list[Turn | None], input_batch: InputBatch) -> Windows | None:
+        """The windows of a step, where they leave something out."""
+        if self.reader.sparse_config is None:
+            return None  # Another backend's metadata knows no windows.
+        windows = [turn.window for turn in turns if turn]
+        num_rows = sum(window.stop - window.start for window in windows)
+        if len(windows) < len(turns) or num_rows == input_batch.num_tokens:
+            return None
+        return Windows.at(windows, input_batch.query_start_loc_np.tolist(), self.device)
 
     def _new_pattern(self, sparsity: Sparsity | None, prompt_len: int, length: int) -> Pattern:
         assert sparsity is not None
@@ -166,25 +193,32 @@ class DenoisingModelState(ModelState):
         return torch.empty(shape, dtype=torch.int16, device=self.device)
 
     def _rows(self, turn: Turn) -> Tensor:
-        """Rows of the hidden states that predict `turn.places`; padding reads the first."""
-        first = turn.query_start + turn.prompt_len - self.family.shifts_logits
-        return first + turn.places.clamp(min=0)
+        """Rows of the hidden states that predict `turn.places`; padding reads one in its window."""
+        first = turn.prompt_len - self.family.shifts_logits
+        return turn.query_start + (first + turn.places).clamp(min=turn.window.start)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Write each canvas behind its prompt. Also called for vLLM's dummy batches."""
+        """Write each canvas behind its prompt. Also called for vLLM's dummy batches.
+
+        Returns what the model is called with besides.
+        """
         self.req_states = req_states
         for turn in self.turns_of(input_batch):
             if turn is not None:
                 canvas = turn.denoising.canvas.tokens
                 start = turn.query_start + turn.prompt_len
                 input_batch.input_ids[start : start + len(canvas)] = canvas
-        return {}
+        windows = self._plan_of(input_batch).windows
+        return {"rows": windows.rows} if windows else {}
 
     def turns_of(self, input_batch: InputBatch) -> list[Turn | None]:
         """The turns planned for `input_batch`; none for a batch that was not planned (dummy)."""
+        return self._plan_of(input_batch).turns
+
+    def _plan_of(self, input_batch: InputBatch) -> StepPlan:
         if self.plan is None or self.plan.batch is not input_batch:
-            return []
-        return self.plan.turns
+            return StepPlan(input_batch, [])
+        return self.plan
 
     def recorded_tables(self, input_batch: InputBatch) -> RecordedTables | None:
         """The tables that the step has just recorded. Call it before the canvases advance."""
@@ -241,7 +275,7 @@ class DenoisingModelState(ModelState):
             for_cudagraph_capture=for_capture,
             causal=False,
             ubatch_idx=ubatch_idx,
-            model_specific_attn_metadata=StepPatterns(self.turns_of(input_batch)),
+            model_specific_attn_metadata=StepPatterns(self._plan_of(input_batch)),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[DenoisingSampler, None]:

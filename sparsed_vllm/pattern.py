@@ -2,11 +2,13 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Which key blocks each head of each query block of a request keeps."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparsed_vllm.config import Sparsity
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, id_dtype
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype
 
 
 class Pattern:
@@ -30,17 +32,34 @@ class Pattern:
         num_heads: int,
         device: torch.device,
     ) -> None:
-        span = Span(0, num_tokens, num_prompt_tokens, sparsity.select)
-        self.blocks = QueryBlocks.of([span], sparsity.block_size, device)
+        self._span = Span(0, num_tokens, num_prompt_tokens, sparsity.select)
+        self.blocks = QueryBlocks.of([self._span], sparsity.block_size, device)
         shape = (num_layers, self.blocks.num_blocks, num_heads)
         dtype = id_dtype(self.blocks.max_key_blocks)
         self.kept = torch.empty(*shape, self.blocks.most_kept, dtype=dtype, device=device)
         self.num_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.rows = torch.arange(self.blocks.num_blocks, device=device)
+        self._window: tuple[slice, QueryBlocks, Tensor] | None = None  # the latest
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """kept [num_blocks, num_heads, width], num_kept [num_blocks, num_heads] and rows."""
         return self.kept[layer], self.num_kept[layer], self.rows
+
+    def within(self, window: slice) -> tuple[QueryBlocks, Tensor]:
+        """The query blocks of the tokens in `window`, which q alone holds, and their table rows.
+
+        Kept until another is asked for: many steps in a row share a window.
+        """
+        if window == slice(0, self._span.length):
+            return self.blocks, self.rows
+        if self._window is None or self._window[0] != window:
+            span = replace(self._span, window=Window(0, window.start, window.stop))
+            size, device = self.blocks.block_size, self.rows.device
+            blocks = QueryBlocks.of([span], size, device)
+            first = window.start // size
+            rows = torch.arange(first, first + blocks.num_blocks, device=device)
+            self._window = window, blocks, rows
+        return self._window[1:]
 
     @property
     def num_possible(self) -> int:

@@ -38,9 +38,8 @@ class Forbidden:
             return repeat(self)
         return (replace(self, early=early) for early in self.early.split(num_rows))
 
-    def out_of(self, scores: Tensor) -> Tensor:
-        """`scores` [rows, vocab] with these tokens out of reach."""
-        scores = scores.clone()
+    def bar_from(self, scores: Tensor) -> Tensor:
+        """Put these tokens out of reach in `scores` [rows, vocab], which it writes and returns."""
         scores[:, self.mask_token_id] = float("-inf")
         if self.early is not None:
             barred = scores[:, self.stop_tokens].masked_fill(self.early[:, None], float("-inf"))
@@ -53,14 +52,15 @@ def choose_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The token each row would be filled with, and how sure that is.
 
-    logits [rows, vocab], any float type;  forbidden: tokens that are not chosen
+    logits [rows, vocab], any float type, only read;  forbidden: tokens that are not chosen
     generator: on the device of `logits`; read only where `params` asks for randomness
     Returns tokens int64 [rows] and confidence float32 [rows], higher is surer.
     """
     choose = _choose_llada if params.policy in ("low_confidence", "random") else _choose_dream
     num_rows = rows_at_once(logits.shape[-1])
     parts = [
-        choose(part.float(), params, barred, generator)
+        # A copy in any case: what is chosen from is written over.
+        choose(part.to(torch.float32, copy=True), params, barred, generator)
         for part, barred in zip(logits.split(num_rows), forbidden.of_rows(num_rows), strict=False)
     ]
     tokens, confidences = zip(*parts, strict=True)
@@ -79,10 +79,13 @@ def _choose_llada(
 
     Source: generate in ML-GSAI/LLaDA generate.py.
     """
-    tokens = forbidden.out_of(_gumbel(logits, params.temperature, generator)).argmax(-1)
+    scores = _gumbel(logits, params.temperature, generator)
     if params.policy == "random":
+        tokens = forbidden.bar_from(scores).argmax(-1)
         return tokens, _uniform(tokens, generator).float()
-    return tokens, _pick(logits.softmax(-1), tokens)
+    probs = logits.softmax(-1)  # before the scores, which may be the logits, are written
+    tokens = forbidden.bar_from(scores).argmax(-1)
+    return tokens, _pick(probs, tokens)
 
 
 def _choose_dream(
@@ -93,12 +96,13 @@ def _choose_dream(
     Source: sample_tokens in DreamLM/Dream generation_utils.py.
     """
     if params.temperature > 0:
-        logits = forbidden.out_of(logits) / params.temperature
+        logits = forbidden.bar_from(logits) / params.temperature
         logits = _keep_top_k(_keep_top_p(logits, params.top_p), params.top_k)
         tokens = _gumbel(logits, 1.0, generator).argmax(-1)
+        probs = logits.softmax(-1)
     else:
-        tokens = forbidden.out_of(logits).argmax(-1)
-    probs = logits.softmax(-1)
+        probs = logits.softmax(-1)
+        tokens = forbidden.bar_from(logits).argmax(-1)
     if params.policy == "topk_margin":
         best, second = probs.topk(2, dim=-1).values.unbind(-1)
         return tokens, best - second

@@ -2,10 +2,13 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """One request's denoising on a plain network: the loop without the engine."""
 
+import contextlib
+
 import oracle
 import pytest
 import torch
 from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsed_vllm.denoising import Denoising
 from sparsed_vllm.families import DREAM, LLADA
@@ -19,7 +22,14 @@ def networks(llada_path, dream_path):
     return {LLADA: oracle.load_llada(llada_path), DREAM: oracle.load_dream(dream_path)}
 
 
-def open_request(family, *, num_tokens=24, final=(), seed=0, temperature=0.0, **extra):
+def named(given):
+    """A test's name for one of its parameters."""
+    return getattr(given, "name", str(given))
+
+
+def open_request(
+    family, *, num_tokens=24, final=(), seed=0, temperature=0.0, device="cpu", **extra
+):
     mask = LLADA_MASK_ID if family is LLADA else DREAM_MASK_ID
     params = parse_params(
         family,
@@ -37,8 +47,24 @@ def open_request(family, *, num_tokens=24, final=(), seed=0, temperature=0.0, **
         num_final=len(final),
         mask_token_id=mask,
         seed=seed,
-        generator=torch.Generator(),
+        generator=torch.Generator(device),
     )
+
+
+class NobodyAsks(TorchDispatchMode):
+    """Fails on what would have the host wait for a device: a result's value, or its size."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert function not in (
+            aten._local_scalar_dense.default,
+            aten.nonzero.default,
+            aten.masked_select.default,
+        ), function
+        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            assert not masks, f"{function} by a mask"
+        return function(*args, **(kwargs or {}))
 
 
 def take_step(denoising, network, shift):
@@ -67,6 +93,68 @@ def flat(chunks):
 def test_a_block_is_handed_out_at_its_last_step(networks):
     chunks = run(LLADA, networks, steps=6, block_length=8)
     assert [len(chunk) for chunk in chunks] == [0, 8, 0, 8, 0, 8]
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        (LLADA, {"steps": 6, "block_length": 8}),
+        (LLADA, {"steps": 24, "block_length": 7}),
+        (LLADA, {"threshold": 0.05, "block_length": 7}),
+        (DREAM, {"threshold": 0.05, "block_length": 8}),
+        (DREAM, {"alg": "origin", "block_length": 4}),
+        (DREAM, {"alg": "entropy", "steps": 7, "block_length": 5}),
+    ],
+    ids=named,
+)
+@pytest.mark.parametrize("num_final", [0, 16])
+def test_open_places_lie_where_the_host_expects_them(networks, family, extra, num_final):
+    if num_final % extra["block_length"]:
+        num_final = 0
+    denoising = open_request(family, final=[5] * num_final, **extra)
+    while not denoising.is_over:
+        places = denoising.open_places().tolist()
+        assert {place for place in places if place >= 0} <= set(denoising.reach())
+        take_step(denoising, networks[family], family.shifts_logits)
+    assert denoising.reach()  # of a step that runs in vain
+
+
+ASKING = [
+    (LLADA, {"steps": 6, "block_length": 8}),
+    (LLADA, {"remasking": "random", "temperature": 0.5}),
+    (LLADA, {"threshold": 0.05, "block_length": 8}),
+    (DREAM, {"alg": "origin", "temperature": 0.5}),
+    (DREAM, {"alg": "topk_margin", "alg_temp": 0.5}),
+    (DREAM, {"alg": "entropy", "steps": 7}),
+]
+
+
+@pytest.mark.parametrize(("family", "extra"), ASKING, ids=named)
+def test_no_step_asks_what_the_device_has_found(family, extra):
+    run_on_noise(family, extra, "cpu", NobodyAsks())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "extra"), ASKING, ids=named)
+def test_no_request_waits_for_the_device(family, extra):
+    run_on_noise(family, extra, "cuda", contextlib.nullcontext())  # compiles what it needs
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_on_noise(family, extra, "cuda", contextlib.nullcontext())
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def run_on_noise(family, extra, device, mode):
+    """All steps, inside `mode`, of a request that resumes after its first block."""
+    final = [5] * extra.get("block_length", 0)
+    denoising = open_request(family, final=final, device=device, **extra)
+    with mode:
+        while not denoising.is_over:
+            places = denoising.open_places()
+            denoising.advance(places, torch.randn(len(places), 320, device=device))
+            denoising.take_final()
 
 
 @pytest.mark.parametrize("block_length", [4, 12])

@@ -28,6 +28,24 @@ def pattern(monkeypatch):
     )
 
 
+def test_a_window_of_a_table_has_the_blocks_and_rows_of_its_tokens(pattern):
+    blocks, rows = pattern.within(slice(16, 48))
+    assert blocks.indices.tolist() == rows.tolist() == [1, 2]
+    assert blocks.query_starts.tolist() == [-16, -16]
+    assert blocks.lengths.tolist() == [NUM_TOKENS] * 2
+
+
+def test_a_window_of_all_tokens_is_the_whole_table(pattern):
+    blocks, rows = pattern.within(slice(0, NUM_TOKENS))
+    assert blocks is pattern.blocks and rows is pattern.rows
+
+
+def test_a_window_is_made_anew_only_where_it_differs(pattern):
+    first = pattern.within(slice(16, 48))
+    assert pattern.within(slice(16, 48))[0] is first[0]
+    assert pattern.within(slice(32, NUM_TOKENS))[1].tolist() == [2, 3]
+
+
 def test_a_table_that_was_not_recorded_counts_no_blocks(pattern):
     assert RecordedTables({"0": pattern}).tolists()["0"].kept == 0
 

@@ -78,6 +78,15 @@ def test_entropy_is_negated(logits):
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("policy", ["low_confidence", "random", "maskgit_plus"])
+def test_logits_are_only_read(logits, policy, temperature):
+    before = logits.clone()
+    forbidden = Forbidden(MASK, torch.tensor([2]), torch.ones(len(logits), dtype=torch.bool))
+    choose_tokens(logits, params(policy, temperature=temperature), forbidden, generator())
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_widened_before_the_softmax(logits, dtype):
     narrow = logits.to(dtype)

@@ -24,6 +24,7 @@ from vllm.v1.request import Request
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -39,6 +40,7 @@ from sparsed_vllm.attention import (
 from sparsed_vllm.compat import missing_seams, why_unsupported
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.models import ARCHITECTURES
+from sparsed_vllm.models.network import MaskPredictor
 from sparsed_vllm.patches.apply import apply_all
 from sparsed_vllm.patches.inventory import PATCHES
 from sparsed_vllm.sampler import DenoisingSampler
@@ -96,6 +98,15 @@ def test_logits_rows_can_be_replaced_before_the_forward():
     assert execute.index("preprocess_state(") < execute.index("model_state.prepare_inputs(")
     sample = inspect.getsource(model_runner.GPUModelRunner.sample)
     assert "hidden_states[input_batch.logits_indices]" in sample
+
+
+def test_the_model_is_called_with_what_the_model_state_prepared():
+    execute = inspect.getsource(model_runner.GPUModelRunner.execute_model)
+    assert "**self.model_state.prepare_inputs(input_batch, self.req_states)" in execute
+    assert "self.model(**model_inputs)" in execute
+    piecewise = inspect.getsource(CudaGraphManager.run_pw_graph)
+    assert "return model(**model_inputs)" in piecewise
+    assert "rows" in names_of(MaskPredictor.forward)
 
 
 def test_a_sampler_may_say_how_many_tokens_count():

@@ -3,6 +3,7 @@
 """The transformer that LLaDA and Dream share, of vLLM's layers: pre-norm, SwiGLU, rotary."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -92,9 +93,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """positions [tokens], hidden_states [tokens, hidden_size] -> [tokens, hidden_size]"""
+        return self.attend(*self.project(positions, hidden_states))
+
+    def project(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """positions [tokens], hidden_states [tokens, hidden_size] -> q, k, v [tokens, its width]"""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.widths, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [rows, its width], k, v [tokens, ...] -> [rows, hidden_size]"""
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 
@@ -145,13 +154,29 @@ class Layer(nn.Module):
         """`hidden_states` is what the layer before adds to `residual`; both [tokens, hidden]."""
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states)
+        return self.finish(hidden_states, residual)
+
+    def begin(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: q, k, v and the residual, of all tokens."""
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        return *self.self_attn.project(positions, hidden_states), residual
+
+    def finish(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes after attention; `hidden_states` is what that adds to `residual`."""
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual
 
 
 @support_torch_compile
 class Transformer(nn.Module):
-    """Token ids to the hidden states that the head reads."""
+    """Token ids to the hidden states that the head reads, in `run`.
+
+    Of the last layer it reads few rows, and how many changes from step to step. So `forward`, which
+    vLLM compiles and may capture in CUDA graphs, ends with what that layer computes for all tokens:
+    its shapes depend on their number alone. The rest runs as it is written.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -164,14 +189,37 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids, positions [tokens] -> [tokens, hidden_size]"""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids, positions [tokens] -> q, k, v and the residual of the last layer"""
         hidden_states = self.embed_tokens(input_ids)
         residual = torch.zeros_like(hidden_states)
-        for layer in self.layers:
+        for layer in islice(self.layers, len(self.layers) - 1):
             hidden_states, residual = layer(positions, hidden_states, residual)
-        hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return self.last_layer.begin(positions, hidden_states, residual)
+
+    @property
+    def last_layer(self) -> Layer:
+        layer = self.layers[-1]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def run(self, input_ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
+        """input_ids, positions [tokens] -> [tokens, hidden_size], worth something at `rows` only
+
+        rows int64 [n], each once: the tokens whose hidden states are read; None: all
+        """
+        q, k, v, residual = self(input_ids, positions)
+        last_layer, some = self.last_layer, slice(None) if rows is None else rows
+        hidden_states = last_layer.self_attn.attend(q[some], k, v)
+        del q, k, v  # the feed-forward of a long batch needs the room
+        hidden_states, sums = last_layer.finish(hidden_states, residual[some])
+        hidden_states, _ = self.norm(hidden_states, sums)
+        if rows is None:
+            return hidden_states
+        # The head looks for its rows where they always are; what the others hold nobody reads.
+        return residual.index_copy_(0, rows, hidden_states)
 
 
 STACKED = {
@@ -217,9 +265,13 @@ class MaskPredictor(nn.Module, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, positions [tokens] -> hidden states [tokens, hidden_size]"""
-        return self.model(input_ids, positions)
+        """input_ids, positions [tokens] -> hidden states [tokens, hidden_size]
+
+        rows: as in Transformer.run; vLLM passes on what the model state prepared
+        """
+        return self.model.run(input_ids, positions, rows)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, vocab]"""

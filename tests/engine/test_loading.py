@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_ke
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = [[i * 5 % 256 for i in range(length)] for length in (1, 40, 100)]
+PROMPTS = [[i * 5 % 256 for i in range(length)] for length in (1, 40, 130)]
 STEPS = {"steps": 8}
 
 

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Attention over lists of key blocks: the kernel and its twin against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -12,6 +14,7 @@ from kernel_cases import (
     assert_within_rounding,
     check_sparse,
     exact_attention,
+    in_windows,
     make_batch,
     random_mask,
     run_sparse,
@@ -104,6 +107,17 @@ def test_batch_mates_do_not_change_a_sequence(name):
     together, _ = run_sparse(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
     apart, _ = run_sparse(alone, table_of(alone, mask[:, :3]), *IMPLEMENTATIONS[name])
     assert torch.equal(together[:33], apart)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_window_gets_what_the_whole_sequence_does(name):
+    batch = make_batch([(33, 10), (200, 40), (64, 1)], 32)
+    table = table_of(batch, random_mask(batch, 0.5))
+    narrow, rows, blocks = in_windows(batch, [(32, 33), (64, 160), (0, 64)])
+    of_windows = replace(table, rows=table.rows[blocks])
+    whole, whole_lse = run_sparse(batch, table, *IMPLEMENTATIONS[name])
+    part, part_lse = run_sparse(narrow, of_windows, *IMPLEMENTATIONS[name])
+    assert torch.equal(part, whole[rows]) and torch.equal(part_lse, whole_lse[:, rows])
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from kernel_cases import (
     RAGGED,
     assert_within_rounding,
     exact_attention,
+    in_windows,
     make_batch,
 )
 
@@ -75,6 +76,14 @@ def test_batch_mates_do_not_change_a_sequence(name):
         mine.copy_(theirs[:33])
     (together, _), (apart, _) = run(batch, attend, device), run(alone, attend, device)
     assert torch.equal(together[:33], apart)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_window_gets_what_the_whole_sequence_does(name):
+    batch = make_batch([(33, 10), (200, 40), (64, 1)], 32)
+    narrow, rows, _ = in_windows(batch, [(32, 33), (64, 160), (0, 64)])
+    (whole, whole_lse), (part, part_lse) = (run(x, *IMPLEMENTATIONS[name]) for x in (batch, narrow))
+    assert torch.equal(part, whole[rows]) and torch.equal(part_lse, whole_lse[:, rows])
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -10,6 +10,7 @@ import torch
 from kernel_cases import (
     Table,
     check_sparse,
+    in_windows,
     make_batch,
     random_mask,
     run_sparse,
@@ -115,6 +116,18 @@ def test_what_lies_around_a_sequence_does_not_matter(odd):
     expected, expected_lse = run(alone, table)
     assert torch.equal(out[200:500], expected) and torch.equal(lse[:, 200:500], expected_lse)
     assert out[:200].isnan().all() and out[500:].isnan().all()
+
+
+def test_a_window_gets_what_the_whole_sequence_does():
+    batch = blocks_of_128([(300, 10), (1000, 40), (129, 1)])
+    table = table_of(batch, random_mask(batch, 0.5))
+    narrow, rows, blocks = in_windows(batch, [(256, 300), (128, 512), (0, 129)])
+    narrow = narrow.to("cuda")
+    of_windows = replace(table, rows=table.rows[blocks]).to("cuda")
+    out = hopper.block_sparse_attention(
+        narrow.q, narrow.k, narrow.v, narrow.blocks, *of_windows, scale=batch.scale
+    )
+    assert torch.equal(out, run(batch, table)[0][rows.cuda()])
 
 
 def test_unaligned_tensors_take_the_plain_kernel():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.layout import QueryBlocks, Span
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run: compiled on a GPU, else in the interpreter."""
@@ -46,6 +46,9 @@ class Batch:
         if self.q.device.type == device:
             return self
         blocks = QueryBlocks.of(self.blocks.spans, self.blocks.block_size, device)
+        if blocks.has_windows:
+            q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
+            return replace(self, q=q, k=k, v=v, blocks=blocks)
         parts = (self.q, self.k, self.v)
         q, k, v = torch.cat(parts, 1).to(device).split([x.shape[1] for x in parts], dim=1)
         return replace(self, q=q, k=k, v=v, blocks=blocks)
@@ -73,6 +76,21 @@ def make_batch(
     fused[:, : heads[0]] *= spread
     q, k, v = fused.to(dtype).split([heads[0], heads[1], heads[1]], dim=1)
     return Batch(q, k, v, QueryBlocks.of(spans, block_size, "cpu"), head_dim**-0.5)
+
+
+def in_windows(batch: Batch, windows: Sequence[tuple[int, int]]) -> tuple[Batch, Tensor, Tensor]:
+    """`batch` with the queries of each sequence's tokens [start, end) alone, laid end to end.
+
+    Returns it, which of all rows of q those are, and which of all query blocks.
+    """
+    spans, rows, blocks, size = [], [], [], batch.blocks.block_size
+    for (span, places), (start, end) in zip(batch.blocks.by_span(), windows, strict=True):
+        spans.append(replace(span, window=Window(len(rows), start, end)))
+        rows += range(span.first + start, span.first + end)
+        blocks += range(places.start + start // size, places.start - (-end // size))
+    narrow = QueryBlocks.of(spans, size, batch.blocks.starts.device)
+    q = batch.q[rows]
+    return replace(batch, q=q, blocks=narrow), torch.tensor(rows), torch.tensor(blocks)
 
 
 def logits_of(batch: Batch, span: Span) -> Tensor:

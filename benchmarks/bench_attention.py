@@ -18,21 +18,19 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
 from attention.cases import BLOCK, CANVAS, DEVICE, LISTS, SHAPES, Case
 from attention.check import fault
 from attention.contenders import MAKERS, NAMES, Contender, Maker
-from attention.timing import Budget, measure, spread
+from attention.timing import measure, spread
+from budget import Budget, note
 
 PEAK = 989e12  # an H100's dense bf16 operations a second
 QUICK = {"shape": ["llada"], "lengths": [65536, 16384, 4096], "density": [0.3]}
 SLOW = {"flex_autotuned"}  # to compile: no part of the quick set
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def contenders(case: Case, names: Sequence[str]) -> list[Contender]:
@@ -148,12 +146,10 @@ def sweep(args: argparse.Namespace) -> None:
     """All densities and lists of a length before the next, so that compiled kernels are reused."""
     budget = Budget(args.budget)
     for sizes in itertools.product(args.shape, args.lengths, args.density, args.lists):
-        case, work = Case(*sizes), float(sizes[1] ** 2)
-        if not budget.allows(work):
-            note(f"left out, the budget is spent: {case}")
-            continue
+        case = Case(*sizes)
         torch.manual_seed(0)
-        budget.run(work, lambda case=case: run_case(case, args.kernels, args.rounds))
+        call = partial(run_case, case, args.kernels, args.rounds)
+        budget.run(str(case), float(case.length**2), call)
         gc.collect()
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Kernels timed in turns, and how long all of it may take."""
+"""Kernels timed in turns."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,31 +34,6 @@ def measure(
         for name in names[first:] + names[:first]:
             times[name].append(clock(calls[name], repeat[name]))
     return times
-
-
-class Budget:
-    """Seconds that a sweep may take; None: any."""
-
-    def __init__(self, seconds: float | None, now: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.now = seconds, now
-        self.begin = now()
-        self.last: tuple[float, float] | None = None  # work and seconds of what ran last
-
-    def allows(self, work: float) -> bool:
-        """Would something of this size end in time? It takes as long as the last, or longer.
-
-        work: in any unit, the same for all
-        """
-        if self.seconds is None or self.last is None:
-            return True
-        last_work, last_seconds = self.last
-        expected = last_seconds * max(1.0, work / last_work)
-        return self.now() - self.begin + expected <= self.seconds
-
-    def run(self, work: float, call: Callable[[], object]) -> None:
-        begin = self.now()
-        call()
-        self.last = (work, self.now() - begin)
 
 
 def spread(times: Sequence[float]) -> float:

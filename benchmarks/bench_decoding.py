@@ -25,6 +25,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
+import torch
 from generation.dummies import versions
 from needle import checkpoint
 from needle.batches import EOS_ID
@@ -50,7 +51,7 @@ def ways(canvas: int) -> list[Way]:
         Way("2 places a step", {"early_stop": 0, "steps": canvas // 2}),
         Way("4 places a step", {"early_stop": 0, "steps": canvas // 4}),
         Way("1 place a step, blocks of 8", {**eighth, "early_stop": 0}),
-        Way("... early stop", eighth),
+        Way("1 place a step, blocks of 8, early stop", eighth),
         Way("threshold 0.9", {"threshold": 0.9}),
         Way("threshold 0.7", {"threshold": 0.7}),
         Way("threshold 0.5", {"threshold": 0.5}),
@@ -124,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     indices = range(args.samples)
     questions = [draw(task, args.length, args.canvas, i) for task in TASKS for i in indices]
-    llm = start_engine(args.model, disable_log_stats=False)
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    llm = start_engine(args.model, disable_log_stats=False, dtype=dtype)
     answer(llm, Way("warm up", {"steps": 1}), questions, args.canvas)
     for way in ways(args.canvas):
         line = {
@@ -133,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             **versions(),
             "tokens": args.length + args.canvas,
             "new_tokens": args.canvas,
+            "dtype": dtype,
             "questions": len(questions),
             "rounds": args.rounds,
             **measure(llm, way, questions, args.canvas, args.rounds),

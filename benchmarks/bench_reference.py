@@ -1,32 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""A step of the loop that LLaDA's and SparseD's authors publish, in plain PyTorch, batch 1.
+"""Seconds a step of LLaDA's and SparseD's published PyTorch path, on random weights.
 
-    python benchmarks/bench_reference.py --lengths 16384 65536 >> reference.jsonl
+    python benchmarks/bench_reference.py --lengths 16384 65536 >> results/reference.jsonl
 
 Their networks and loop written anew from their papers and files (LLaDA/generate.py,
 SparseD/models/modeling_llada.py): attention through SDPA (FlashAttention 2) in dense steps and
 FlexAttention over random lists of `select` of the blocks in sparse ones, logits and a softmax for
-every row of the sequence. How they record the pattern is not timed.
+every row of the sequence, in the model's bfloat16. Generations are added up from these steps; how
+theirs records the pattern is not timed, and counts as a dense step.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 
-from dummies import MODELS, SELECT, peak_bytes, versions, wait  # puts examples/ on the path
-
-# isort: split
 import torch
-from needle.network import Attention, Network, Shape, full_attention
+from budget import Budget, note
+from generation.dummies import (  # puts examples/ on the path
+    MODELS,
+    SELECT,
+    SKIP,
+    forget_peak,
+    peak_bytes,
+    versions,
+    wait,
+)
+from generation.steps import project
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK, ROUNDS = 128, 3
+# isort: split
+from needle.network import Attention, Network, Shape, full_attention
+
+BLOCK = 128
 THETA = 500000.0
+NEW_TOKENS = 128
 
 
 def build(num_layers: int | None, device: str) -> Network:
@@ -59,23 +73,32 @@ def random_blocks(heads: int, length: int, device: str) -> BlockMask:
     return BlockMask.from_kv_blocks(*nothing, counts, indices, BLOCK)
 
 
+def dense_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention 2, whatever else this torch would rather take."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return full_attention(layer, q, k, v)
+
+
 def sparse_attention(length: int, heads: int, device: str) -> Attention:
-    attend = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    """Compiled for this length alone: a second one would be compiled for any length."""
+    torch._dynamo.reset()
+    attend = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
     call = partial(attend, block_mask=random_blocks(heads, length, device))
     return lambda layer, q, k, v: call(q, k, v)
 
 
-def denoise_once(network: Network, tokens: Tensor, attend: Attention) -> Tensor:
+@torch.no_grad()
+def denoise_once(network: Network, tokens: Tensor, attend: Attention) -> tuple[Tensor, Tensor]:
     """Tokens and how sure they are, for every row, as the authors' loop computes them."""
     logits = network(tokens, attend=attend)
     choice = logits.argmax(-1)
-    return torch.gather(torch.softmax(logits, -1), -1, choice[..., None])
+    return choice, torch.softmax(logits, -1).gather(-1, choice[..., None])
 
 
-def seconds(call: Callable[[], Tensor]) -> list[float]:
+def seconds(call: Callable[[], object], rounds: int) -> list[float]:
     call()
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         wait()
         begin = time.perf_counter()
         call()
@@ -84,34 +107,81 @@ def seconds(call: Callable[[], Tensor]) -> list[float]:
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
-    parser.add_argument("--layers", type=int, help="fewer than the model has")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = build(args.layers, device)
+def report(args: argparse.Namespace, length: int, phase: str, **rest: object) -> None:
+    line = {
+        "bench": "reference",
+        "model": "llada",
+        **versions(),
+        "layers": args.layers,
+        "tokens": length,
+        "new_tokens": NEW_TOKENS,
+        "batch": 1,
+        "select": SELECT,
+        "skip": SKIP,
+        "block_size": BLOCK,
+        "phase": phase,
+        **rest,
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def measure(args: argparse.Namespace, network: Network, length: int, device: str) -> None:
+    """A line for each phase, and for each mode and T a line with what they add up to."""
+    tokens = torch.randint(1000, (1, length), device=device)
+    kinds = {
+        "dense": dense_attention,
+        "sparse": sparse_attention(length, network.shape.n_heads, device),
+    }
+    medians = {}
+    for phase, attend in kinds.items():
+        forget_peak()
+        times = seconds(partial(denoise_once, network, tokens, attend), args.rounds)
+        medians[phase] = statistics.median(times)
+        numbers = {"seconds": medians[phase], "spread": max(times) - min(times)}
+        report(args, length, phase, **numbers, count=len(times))
+    medians["recording"] = medians["dense"]
+    for steps in args.steps:
+        for mode in kinds:
+            total = project(medians, steps, sparse=mode == "sparse")
+            numbers = {"seconds": total, "tokens_per_second": NEW_TOKENS / total}
+            report(args, length, "generation", mode=mode, steps=steps, **numbers, projected=True)
+    gc.collect()
+
+
+def guarded(call: Callable[[], None], length: int) -> None:
+    """A length that does not fit is a result too, and the others go on."""
+    try:
+        call()
+    except torch.OutOfMemoryError as error:
+        note(f"{length} tokens do not fit: {' '.join(str(error).split()):.200}")
+        torch.cuda.empty_cache()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
+    add("--steps", type=int, nargs="+", default=[128, 1024], help="T of a generation")
+    add("--layers", type=int, help="fewer than the model has")
+    add("--rounds", type=int, default=3)
+    add("--budget", type=float, help="seconds, without the making of the network")
+    args = parser.parse_args(argv)
     for length in args.lengths:
-        tokens = torch.randint(1000, (1, length), device=device)
-        phases = {
-            "dense": full_attention,
-            "sparse": sparse_attention(length, network.shape.n_heads, device),
-        }
-        for phase, attend in phases.items():
-            times = seconds(partial(denoise_once, network, tokens, attend))
-            line = {
-                "bench": "reference",
-                "model": "llada",
-                **versions(),
-                "tokens": length,
-                "batch": 1,
-                "select": SELECT,
-                "phase": phase,
-                "seconds": statistics.median(times),
-                "spread": max(times) - min(times),
-                "peak_bytes": peak_bytes(),
-            }
-            print(json.dumps(line), flush=True)
+        if length < 2 * BLOCK or length % BLOCK:
+            parser.error(f"--lengths must be multiples of {BLOCK}, two at least, got {length}.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network, budget = build(args.layers, device), Budget(args.budget)
+    for length in args.lengths:
+        call = partial(guarded, partial(measure, args, network, length, device), length)
+        budget.run(f"{length} tokens", length * (length + 26600.0), call)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The length from which sparse steps are worth it, by device, from results/steps.jsonl.
+"""The length from which sparse steps are worth it, by device, from bench_generate.py's lines.
 
     python benchmarks/crossover.py
 
@@ -12,20 +12,23 @@ this prints.
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 WORTH = 1.1  # seconds of a dense step by those of a sparse one
-RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
+RESULTS = [Path(__file__).parent / "results" / name for name in ("steps.jsonl", "generate.jsonl")]
+PHASES = ("dense", "sparse")
 
 Steps = dict[int, dict[str, float]]  # tokens -> phase -> seconds
 
 
-def read(path: Path = RESULTS) -> dict[tuple[str, str], Steps]:
-    """The steps of each device and model; of repeated measurements the last."""
+def read(paths: Iterable[Path] = tuple(RESULTS)) -> dict[tuple[str, str], Steps]:
+    """Single requests' steps on each device and model; of repeated measurements the last."""
     steps: dict[tuple[str, str], Steps] = defaultdict(lambda: defaultdict(dict))
-    for line in map(json.loads, path.read_text().splitlines()):
-        steps[line["device"], line["model"]][line["tokens"]][line["phase"]] = line["seconds"]
+    for line in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
+        if line["batch"] == 1 and line["phase"] in PHASES and "seconds" in line:
+            steps[line["device"], line["model"]][line["tokens"]][line["phase"]] = line["seconds"]
     return steps
 
 

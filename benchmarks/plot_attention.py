@@ -2,15 +2,14 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Draws what bench_attention.py printed, a panel for each shape: TFLOP/s over tokens.
 
-python benchmarks/plot_attention.py benchmarks/results/attention.jsonl attention.png --density 0.3
+pip install matplotlib
+python benchmarks/plot_attention.py benchmarks/results/attention.jsonl attention.png
 """
 
 import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-
-import matplotlib.pyplot as plt
 
 Curves = dict[str, dict[str, dict[int, float]]]
 
@@ -26,7 +25,12 @@ def curves_of(lines: list[dict], density: float, lists: str) -> Curves:
 
 
 def draw(curves: Curves, title: str, path: Path) -> None:
-    figure, panels = plt.subplots(
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
         1, len(curves), figsize=(6 * len(curves), 5), sharey=True, squeeze=False
     )
     for panel, (shape, kernels) in zip(panels[0], curves.items(), strict=True):

@@ -156,18 +156,51 @@ def test_random_shapes_equal_float64_within_rounding():
         check(batch, mask)
 
 
-def test_thousands_of_launches_agree_to_the_bit():
-    """Of mixed shapes, so that what one leaves behind in shared memory differs from the next."""
-    shapes = [(3000, (8, 2), 128), (700, (4, 4), 128), (128, (1, 1), 128), (1900, (6, 3), 64)]
-    cases = []
-    for length, heads, head_dim in shapes:
+def stress_cases():
+    """Batches and masks that differ in what a tile's work depends on, all in the same launches."""
+    for length, heads, head_dim in [(3000, (8, 2), 128), (128, (1, 1), 128), (1900, (6, 3), 64)]:
         batch = blocks_of_128([(length, 0)], heads=heads, head_dim=head_dim)
-        table = table_of(batch, random_mask(batch, 0.4))
-        cases.append((batch.to("cuda"), Table(*table.to("cuda"))))
-    expected = [run(*case) for case in cases]
+        mask = random_mask(batch, 0.4)
+        mask[..., 0] = True
+        yield batch, mask
+    for spread in (0.0, 1e4):  # equal and huge logits
+        batch = blocks_of_128([(700, 0), (129, 0)], heads=(4, 4), spread=spread)
+        yield batch, random_mask(batch, 0.6)
+    uneven = blocks_of_128([(1500, 0)], heads=(8, 8))
+    yield uneven, torch.rand(8, 12, 12) < torch.rand(8, 12, 1) ** 3
+    single = blocks_of_128([(1500, 0)], heads=(8, 8))
+    yield single, torch.eye(12, dtype=torch.bool).expand(8, 12, 12)
+    gaps = blocks_of_128([(300, 0)], heads=(1, 1))
+    gaps.q[:, 0, 0] = 1.0
+    gaps.k[140:260, 0, 0] = float("-inf")
+    yield gaps, torch.ones(1, 3, 3, dtype=torch.bool)
+
+
+def launches_that_differ(cases, expected):
+    """How many results of these launches are not what they were before, to the bit."""
     different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(1000):
-        for case, results in zip(cases, expected, strict=True):
-            for actual, first in zip(run(*case), results, strict=True):
-                different += (actual.view(torch.int8) != first.view(torch.int8)).any()
-    assert different == 0
+    for case, results in zip(cases, expected, strict=True):
+        for actual, first in zip(run(*case), results, strict=True):
+            different += (actual.view(torch.int8) != first.view(torch.int8)).any()
+    return different
+
+
+def on_the_gpu(batch, mask):
+    return batch.to("cuda"), Table(*table_of(batch, mask).to("cuda"))
+
+
+def test_thousands_of_launches_agree_with_float64_and_to_the_bit():
+    """Of mixed shapes, so that what one leaves behind in shared memory differs from the next."""
+    cases = []
+    for batch, mask in stress_cases():
+        check(batch, mask)
+        cases.append(on_the_gpu(batch, mask))
+    expected = [run(*case) for case in cases]
+    assert sum(launches_that_differ(cases, expected) for _ in range(500)) == 0
+
+
+def test_fresh_inputs_agree_with_themselves_to_the_bit():
+    for _ in range(200):
+        batch = blocks_of_128([(700, 0), (400, 0)], heads=(8, 2))
+        cases = [on_the_gpu(batch, random_mask(batch, random.random()))] * 5
+        assert launches_that_differ(cases, [run(*cases[0])] * 5) == 0

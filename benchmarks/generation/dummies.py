@@ -16,7 +16,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the steps are timed one by one
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is printed are results
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import torch
 import triton
@@ -31,8 +31,14 @@ MODELS = {
 SKIP, SELECT = 0.2, 0.3
 
 
-def start(model: str, num_layers: int | None, longest: int, batch: int = 1, **kwargs: Any) -> LLM:
-    """An engine in this process for `batch` requests of `longest` tokens at once."""
+def start(
+    model: str, num_layers: int | None, longest: int, tokens: int, batch: int, **kwargs: Any
+) -> LLM:
+    """An engine in this process.
+
+    longest: tokens of a request;  tokens, batch: those, and requests, that run at once
+    Its pages hold `tokens` and no more, so that its peak is what these requests need.
+    """
     write, shape = MODELS[model]
     shape = replace(shape, max_length=longest, n_layers=num_layers or shape.n_layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -42,13 +48,20 @@ def start(model: str, num_layers: int | None, longest: int, batch: int = 1, **kw
             "skip_tokenizer_init": True,
             "dtype": "bfloat16",
             "max_model_len": longest,
-            "max_num_batched_tokens": longest * batch,
+            "max_num_batched_tokens": tokens,
             "max_num_seqs": max(4, batch),
+            "kv_cache_memory_bytes": cache_bytes(shape, tokens, batch),
             "gpu_memory_utilization": 0.92 if torch.cuda.is_available() else 0.5,
             "async_scheduling": False,
             "enforce_eager": True,
         }
         return LLM(folder, **{**defaults, **kwargs})
+
+
+def cache_bytes(shape: Shape, tokens: int, batch: int) -> int:
+    """Pages for `tokens` of `batch` requests, none of whose last pages is full."""
+    a_token = 2 * 2 * shape.kv_size * shape.n_layers  # keys and values of 16 bits
+    return a_token * (tokens + 256 * (batch + 2))
 
 
 def request(
@@ -79,7 +92,13 @@ def device_name() -> str:
     return f"cpu, {len(os.sched_getaffinity(0))} cores"
 
 
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_bytes() -> int | None:
+    """The most that tensors took since forget_peak(): weights, pages and activations."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Of a step's time, the shares that parts of the model and of the engine take.
+
+From a trace of torch's profiler: what a kernel is for is told by the part of the engine that
+launched it and, within the model, by its name.
+"""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from vllm import LLM
+
+from generation.dummies import SKIP, wait
+from generation.steps import Load, time_step
+from sparsed_vllm.phases import phase_of
+from sparsed_vllm.sampler import DenoisingSampler
+
+KINDS = {  # of the model's kernels, by a part of their names; the first that fits counts
+    "attention": ("attention", "flash", "block_scores", "select_blocks"),
+    "linears": ("gemm", "cutlass", "nvjet", "cublas", "wgmma"),
+}
+OTHER = "norm, rotary, activation"
+MODEL = (*KINDS, OTHER, "head")  # all else is overhead
+ENGINE = "inputs"  # kernels that no named part launched
+
+Event = dict[str, Any]
+
+
+def profile_phases(llm: LLM, load: Load, seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """For one step of each phase, shares of the `seconds` that it takes without the profiler."""
+    load.add(llm, load.short, sparse=True)
+    found: dict[str, dict[str, float]] = {}
+    for step in range(load.short):
+        phase = phase_of(step, load.short, SKIP).value
+        if phase in found or step == 0:
+            time_step(llm)
+        else:
+            found[phase] = shares(trace_step(llm), seconds[phase])
+    return found
+
+
+def trace_step(llm: LLM) -> list[Event]:
+    """One step, as events of a Chrome trace."""
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    wait()
+    with named_parts(llm), profile(activities=activities) as trace:
+        time_step(llm)
+        wait()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+@contextmanager
+def named_parts(llm: LLM) -> Iterator[None]:
+    """The parts of a step get names that a trace shows."""
+    core = llm.llm_engine.engine_core.engine_core
+    (model,) = llm.apply_model(lambda model: model)
+    parts = [
+        (model, "forward", "model"),
+        (model, "compute_logits", "head"),
+        (DenoisingSampler, "__call__", "sampler"),
+        (core.scheduler, "schedule", "scheduler"),
+        (core.scheduler, "update_from_output", "scheduler"),
+    ]
+    with ExitStack() as stack:
+        for owner, method, name in parts:
+            call = named(name, getattr(owner, method))
+            stack.enter_context(patch.object(owner, method, call))
+        yield
+
+
+def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with record_function(name):
+            return call(*args, **kwargs)
+
+    return run
+
+
+def shares(events: list[Event], seconds: float) -> dict[str, float]:
+    """Shares of `seconds` by kind; `idle`: no kernel runs, nor the scheduler.
+
+    `overhead`: all that is not the model's kernels; part of what stands beside it
+    """
+    taken = {kind: micros / 1e6 / seconds for kind, micros in micros_of(events).items()}
+    idle = max(0.0, 1.0 - sum(taken.values()))
+    overhead = max(0.0, 1.0 - sum(taken.get(kind, 0.0) for kind in MODEL))
+    rounded = {**taken, "idle": idle, "overhead": overhead}
+    return {kind: round(share, 5) for kind, share in rounded.items()}
+
+
+def micros_of(events: list[Event]) -> dict[str, float]:
+    """Microseconds of kernels on the device by kind, and of the scheduler on the host."""
+    events = [event for event in events if event.get("ph") == "X"]
+    launches = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
+    }
+    parts = [event for event in events if event.get("cat") == "user_annotation"]
+    micros: dict[str, float] = defaultdict(float)
+    for event in parts:
+        if event["name"] == "scheduler":
+            micros["scheduler"] += event["dur"]
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            part = part_at(parts, launches.get(event["args"].get("correlation")))
+            micros[kind_of(part, event["name"])] += event["dur"]
+    return dict(micros)
+
+
+def part_at(parts: list[Event], time: float | None) -> str:
+    """The named part of the engine that ran on the host then."""
+    for event in parts:
+        named = event["name"] in ("model", "head", "sampler")
+        if named and time is not None and event["ts"] <= time <= event["ts"] + event["dur"]:
+            return str(event["name"])
+    return ENGINE
+
+
+def kind_of(part: str, kernel: str) -> str:
+    if part != "model":
+        return part
+    name = kernel.lower()
+    for kind, words in KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return OTHER

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Seconds of an engine's steps, by phase, and what generations of any number of steps take."""
+
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from vllm import LLM
+
+from generation.dummies import SKIP, request
+from sparsed_vllm.phases import phase_of
+
+SHORT = {16384: 12, 1 << 62: 7}
+"""Steps of a request that is timed step by step, by the tokens up to which a step takes so many.
+
+12 have 3 dense, 1 recording and 8 sparse ones; 7 have 2, 1 and 4.
+"""
+
+Phases = dict[str, list[float]]  # seconds of each step, by phase
+
+
+@dataclass(frozen=True)
+class Load:
+    """Equal requests that run at once.  length: tokens of prompt and canvas together"""
+
+    length: int
+    new_tokens: int
+    batch: int = 1
+    block_size: int = 128
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def short(self) -> int:
+        """Steps of a short request, in which every phase occurs."""
+        return next(steps for tokens, steps in SHORT.items() if self.tokens <= tokens)
+
+    def add(self, llm: LLM, steps: int, *, sparse: bool) -> None:
+        for number in range(self.batch):
+            prompt, params = request(
+                self.length, self.new_tokens, steps, sparse=sparse, block_size=self.block_size
+            )
+            llm.llm_engine.add_request(str(number), prompt, params)
+
+
+def time_phases(llm: LLM, load: Load) -> Phases:
+    """All requests of the batch are in the same phase; an engine without async scheduling."""
+    load.add(llm, load.short, sparse=True)
+    seconds: Phases = defaultdict(list)
+    for step in range(load.short):
+        seconds[phase_of(step, load.short, SKIP).value].append(time_step(llm))
+    assert not llm.llm_engine.has_unfinished_requests()
+    return dict(seconds)
+
+
+def time_step(llm: LLM) -> float:
+    """The engine reads a step's tokens before it returns: nothing is left on the device."""
+    begin = time.perf_counter()
+    llm.llm_engine.step()
+    return time.perf_counter() - begin
+
+
+def time_whole(llm: LLM, load: Load, steps: int, *, sparse: bool) -> float:
+    load.add(llm, steps, sparse=sparse)
+    begin = time.perf_counter()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return time.perf_counter() - begin
+
+
+def project(seconds: dict[str, float], steps: int, *, sparse: bool) -> float:
+    """Seconds of a generation, from what a step of each phase takes."""
+    if not sparse:
+        return steps * seconds["dense"]
+    return sum(seconds[phase_of(step, steps, SKIP).value] for step in range(steps))
+
+
+def medians(seconds: Phases) -> dict[str, float]:
+    return {phase: statistics.median(times) for phase, times in seconds.items()}

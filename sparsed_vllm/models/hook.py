@@ -120,6 +120,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "probabilities are the model's own; leave it out",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
+        f"--quantization {model.quantization} on a CPU": (
+            _lacks_kernel(model),
+            "vLLM's CPU build cannot scale by tensor; use fp8_per_channel",
+        ),
         "--return-sampling-mask": (
             model.return_sampling_mask,
             "a place is filled from all tokens; leave it out",
@@ -128,6 +132,13 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     for setting, (is_set, remedy) in refused.items():
         if is_set:
             raise ValueError(f"Diffusion language models do not run with {setting}: {remedy}.")
+
+
+def _lacks_kernel(model: ModelConfig) -> bool:
+    """Whether vLLM would fail to quantize the weights, late and by a kernel's name."""
+    is_online = getattr(model.hf_config, "quantization_config", None) is None
+    scales_by_tensor = model.quantization in ("fp8", "fp8_per_tensor")
+    return current_platform.is_cpu() and is_online and scales_by_tensor
 
 
 def _schedule_whole_sequences(scheduler: SchedulerConfig, model: ModelConfig) -> None:

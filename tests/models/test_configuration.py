@@ -128,13 +128,20 @@ def test_a_user_s_own_default_is_kept(tmp_path):
         ({"logits_processors": ["some.module:Processor"]}, "--logits-processors"),
         ({"watermark_config": {"key": 1}}, "--watermark-config"),
         ({"logprobs_mode": "raw_logits"}, "--logprobs-mode raw_logits"),
-        ({"quantization": "fp8"}, "not supported for quantization method fp8"),  # in float32
     ],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused_by_name(tmp_path, args, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         vllm_config(write_llada(tmp_path), **args)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_tensor"])
+def test_what_a_cpu_cannot_quantize_is_refused_by_name(tmp_path, monkeypatch, scheme):
+    args = {"dtype": "bfloat16", "quantization": scheme}
+    monkeypatch.setattr(hook.current_platform, "is_cpu", lambda: True)
+    with pytest.raises(ValueError, match=f"--quantization {scheme} on a CPU"):
+        EngineArgs(str(write_llada(tmp_path)), **args).create_engine_config()
 
 
 @pytest.mark.parametrize("flag", ["enable_prefix_caching", "enable_chunked_prefill"])

@@ -125,7 +125,7 @@ class DenoisingScheduler(Scheduler):
         manager = self.kv_cache_manager
         free = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
         tables = sum(self._table_tokens(request) for request in self.running)
-        seats = self.max_num_running_reqs - len(self.running)
+        seats = min(self.max_num_running_reqs, self.max_num_active_reqs) - len(self.running)
         return Room(budget, seats, free if self.running else math.inf, budget - tables)
 
     def _table_tokens(self, request: Request) -> int:

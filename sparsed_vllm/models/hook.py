@@ -15,6 +15,8 @@ from sparsed_vllm.limits import Limits
 
 logger = init_logger("vllm.sparsed.config")
 
+_SCHEDULER = "sparsed_vllm.scheduler.DenoisingScheduler"
+
 
 class DenoisingModelConfig(VerifyAndUpdateConfig):
     """Found by vLLM under our architectures in MODELS_CONFIG_MAP."""
@@ -81,15 +83,47 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             vllm_config.kv_transfer_config is not None,
             "keys and values change at every step; leave it out",
         ),
+        "--kv-offloading-size": (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "keys and values change at every step; leave it out",
+        ),
         "--decode-context-parallel-size > 1": (
             parallel.decode_context_parallel_size > 1,
             "use --tensor-parallel-size",
+        ),
+        "--prefill-context-parallel-size > 1": (
+            parallel.prefill_context_parallel_size > 1,
+            "use --tensor-parallel-size",
+        ),
+        "--enable-lora": (
+            vllm_config.lora_config is not None,
+            "merge the adapter into the checkpoint",
+        ),
+        "--runner pooling": (
+            model.runner_type != "generate",
+            "they generate text only; leave it out, and --convert too",
+        ),
+        "--diffusion-config": (
+            vllm_config.diffusion_config is not None,
+            "each request names its max_tokens and steps; leave it out",
+        ),
+        "--logits-processors": (
+            bool(model.logits_processors),
+            "a place is filled from the model's own logits; leave it out",
+        ),
+        "--watermark-config": (
+            vllm_config.watermark_config is not None,
+            "a watermark is written left to right, places are not filled so; leave it out",
         ),
         f"--logprobs-mode {model.logprobs_mode}": (
             model.logprobs_mode != "raw_logprobs",
             "probabilities are the model's own; leave it out",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
+        f"--quantization {model.quantization} on a CPU": (
+            _lacks_kernel(model),
+            "vLLM's CPU build cannot scale by tensor; use fp8_per_channel",
+        ),
         "--return-sampling-mask": (
             model.return_sampling_mask,
             "a place is filled from all tokens; leave it out",
@@ -100,10 +134,19 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(f"Diffusion language models do not run with {setting}: {remedy}.")
 
 
+def _lacks_kernel(model: ModelConfig) -> bool:
+    """Whether vLLM would fail to quantize the weights, late and by a kernel's name."""
+    is_online = getattr(model.hf_config, "quantization_config", None) is None
+    scales_by_tensor = model.quantization in ("fp8", "fp8_per_tensor")
+    return current_platform.is_cpu() and is_online and scales_by_tensor
+
+
 def _schedule_whole_sequences(scheduler: SchedulerConfig, model: ModelConfig) -> None:
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
-    scheduler.scheduler_cls = "sparsed_vllm.scheduler.DenoisingScheduler"
+    if scheduler.scheduler_cls not in (None, _SCHEDULER):
+        logger.warning("%s replaces the scheduler %s.", _SCHEDULER, scheduler.scheduler_cls)
+    scheduler.scheduler_cls = _SCHEDULER
     for budget in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         tokens = getattr(scheduler, budget)
         if tokens is not None and tokens < model.max_model_len:

@@ -182,7 +182,10 @@ class Transformer(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
         )
         self.layers = nn.ModuleList(
             Layer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)

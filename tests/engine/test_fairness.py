@@ -134,3 +134,12 @@ def test_the_more_important_request_goes_first_and_loses_no_step(llada_path):
         "idle": 64 + 54 + 64,
     }
     assert all(tokens == expected for _, tokens in ended.values())
+
+
+def test_requests_that_may_not_start_take_no_steps_from_those_that_run(tight, monkeypatch):
+    monkeypatch.setattr(core_of(tight).scheduler, "max_num_active_reqs", 1)
+    add(tight, "long", LONG, sampling(64))
+    finish(tight, most=5)
+    add(tight, "short", SHORT, sampling(8))
+    ended = finish(tight)
+    assert (ended["long"][0], ended["short"][0]) == (59, 59 + 8)

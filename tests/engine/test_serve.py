@@ -4,15 +4,9 @@
 
 import asyncio
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import load
@@ -20,13 +14,12 @@ import openai
 import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
-from engines import KV_CACHE_BYTES
 from prometheus_client.parser import text_string_to_metric_families
+from servers import serving
 from sparse_oracle import Sparsity, sparse_llada_generate
 
 pytestmark = pytest.mark.engine
 
-START_TIMEOUT = 300  # seconds
 LIMITS = {
     "default_max_tokens": 20,
     "max_tokens": 450,
@@ -43,46 +36,13 @@ LIMITS = {
 }
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_ready(server, client):
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "vllm serve ended early; see its log"
-        try:
-            return client.models.list()
-        except openai.APIConnectionError:
-            time.sleep(1)
-    raise TimeoutError("vllm serve did not come up")
-
-
 @pytest.fixture(scope="module")
-def server(llada_path, tmp_path_factory):
+def server(llada_path):
     """A running server's process and an OpenAI client of it."""
-    port = free_port()
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(llada_path)]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--attention-backend", "sparsed"]
-    command += ["--shutdown-timeout", "60"]
-    command += ["--additional-config", json.dumps({"denoising": LIMITS})]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
-    try:
-        wait_until_ready(server, client)
-        yield server, client
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        print(log.read_text()[-5000:])
+    args = ("--attention-backend", "sparsed", "--shutdown-timeout", "60")
+    settings = json.dumps({"denoising": LIMITS})
+    with serving(llada_path, *args, "--additional-config", settings) as running:
+        yield running
 
 
 @pytest.fixture

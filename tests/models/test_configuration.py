@@ -13,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 import sparsed_vllm
 from sparsed_vllm.admission import sparse_config_of
 from sparsed_vllm.config import SparseConfig
+from sparsed_vllm.models import hook
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,14 +114,48 @@ def test_a_user_s_own_default_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline"),
-        ({"kv_transfer_config": {"kv_connector": "x", "kv_role": "kv_both"}}, "kv-transfer"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "--decode-context"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"enable_expert_parallel": True}, "experts"),
+        ({"kv_transfer_config": {"kv_connector": "x", "kv_role": "kv_both"}}, "--kv-transfer"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative"),
+        ({"runner": "pooling"}, "--runner pooling"),
+        ({"convert": "embed"}, "--runner pooling"),
+        ({"diffusion_config": {"canvas_length": 8}}, "--diffusion-config"),
+        ({"logits_processors": ["some.module:Processor"]}, "--logits-processors"),
+        ({"watermark_config": {"key": 1}}, "--watermark-config"),
+        ({"logprobs_mode": "raw_logits"}, "--logprobs-mode raw_logits"),
     ],
-    ids=["pipeline", "kv-transfer"],
+    ids=str,
 )
 def test_settings_that_cannot_work_are_refused_by_name(tmp_path, args, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         vllm_config(write_llada(tmp_path), **args)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_tensor"])
+def test_what_a_cpu_cannot_quantize_is_refused_by_name(tmp_path, monkeypatch, scheme):
+    args = {"dtype": "bfloat16", "quantization": scheme}
+    monkeypatch.setattr(hook.current_platform, "is_cpu", lambda: True)
+    with pytest.raises(ValueError, match=f"--quantization {scheme} on a CPU"):
+        EngineArgs(str(write_llada(tmp_path)), **args).create_engine_config()
+
+
+@pytest.mark.parametrize("flag", ["enable_prefix_caching", "enable_chunked_prefill"])
+def test_what_splits_or_shares_a_sequence_stays_off_though_asked_for(tmp_path, flag):
+    config = vllm_config(write_llada(tmp_path), **{flag: True})
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+
+
+def test_a_user_s_own_scheduler_is_replaced_and_the_log_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(hook.logger, "handlers", [*hook.logger.handlers, caplog.handler])
+    config = vllm_config(write_llada(tmp_path), scheduler_cls="some.Scheduler")
+    assert config.scheduler_config.scheduler_cls == "sparsed_vllm.scheduler.DenoisingScheduler"
+    assert "replaces the scheduler some.Scheduler" in caplog.text
 
 
 def test_the_v1_runner_is_refused(tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""A quantized checkpoint of the small trained model answers as the model itself does."""
+
+import pytest
+from engines import start_engine
+from needle.checkpoint import SHIPPED
+from quality.answers import Engine
+from quality.methods import METHODS
+from quality.questions import draw, mark
+from quantized import quantize_int8
+
+pytestmark = pytest.mark.engine
+
+SIZES = {"canvas": 32, "steps": 16, "block_size": 16}
+KEPT = ("blocks.0.ff_out", "blocks.3.ff_proj", "blocks.3.up_proj")  # not quantized
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    kept = [f"model.transformer.{name}" for name in KEPT]
+    path = quantize_int8(SHIPPED, tmp_path_factory.mktemp("int8") / "model", kept=kept)
+    return start_engine(path, max_model_len=512)
+
+
+def test_the_linears_are_in_int8_but_for_those_that_the_checkpoint_names(int8):
+    worker = int8.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    model = worker.model_runner.model
+    linears = {name: m for name, m in model.named_modules() if name.endswith(("proj", "head"))}
+    assert len(linears) == 8 * 4 + 1
+    # vLLM's kernel packs int8 weights away.
+    wide = {
+        name for name, m in linears.items() if m.weight is not None and m.weight.is_floating_point()
+    }
+    assert wide == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.3.mlp.gate_up_proj"}
+
+
+@pytest.mark.parametrize("method", ["dense", "sparsed-0.3"])
+def test_int8_finds_the_needles_that_the_model_finds(int8, needle, method):
+    questions = [draw(task, 200, 32, i) for task in ("single", "multikey") for i in range(2)]
+    for llm in (needle, int8):
+        given, _ = Engine(llm, **SIZES).answer(METHODS[method], questions)
+        assert all(mark(q, tokens).exact for q, tokens in zip(questions, given, strict=True))

@@ -51,9 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--canvas", type=int, default=32, help="tokens to denoise")
     add("--block-size", type=int, default=32, help=", ".join(map(str, BLOCK_SIZES)))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dtype", help="float32 or bfloat16; left out, that on a CPU and this on a GPU")
     add("--engine", action="store_true", help="through LLM.generate: dense and SparseD only")
     add("--out", type=Path, default=ROOT / "benchmarks/results/quality.jsonl")
     args = parser.parse_args(argv)
+    args.dtype = args.dtype or answers.DTYPES.get(args.device)
     if problem := why_not(args):
         parser.exit(2, f"{parser.prog}: {problem}\n")
     if args.engine:
@@ -74,6 +76,7 @@ def why_not(args: argparse.Namespace) -> str | None:
         ("--methods", args.methods, list(METHODS)),
         ("--block-size", [args.block_size], list(BLOCK_SIZES)),
         ("--device", [args.device], devices),
+        ("--dtype", [args.dtype], list(answers.DTYPES.values())),
     ]
     ranges = [
         ("--canvas", [args.canvas], CANVASES[0], CANVASES[-1]),
@@ -139,7 +142,7 @@ def setting(args: argparse.Namespace) -> dict[str, object]:
         "bench": "quality",
         "through": "engine" if args.engine else "harness",
         "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "dtype": "bfloat16" if gpu else "float32",
+        "dtype": args.dtype,
         "torch": torch.__version__,
         "canvas": args.canvas,
         "steps": args.steps,
@@ -154,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         # In this process: it has asked for CUDA, after which vLLM's could not be forked.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        dtype = "bfloat16" if args.device == "cuda" else "float32"
-        answerer = answers.Engine(answers.start_engine(args.model, dtype=dtype), *sizes)
+        answerer = answers.Engine(answers.start_engine(args.model, dtype=args.dtype), *sizes)
     else:
-        network = answers.load(args.model, torch.device(args.device))
+        network = answers.load(args.model, torch.device(args.device), args.dtype)
         answerer = answers.Harness(network, *sizes)
     lines = list(measure(args, answerer).lines())
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,19 +2,25 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The needle model: its tasks and tokenizer, its training, and what it finds through the engine."""
 
+import os
 import random
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import train_needle
-from needle import batches, checkpoint, evaluation, tasks, vocabulary
+from needle import batches, checkpoint, evaluation, tasks, training, vocabulary
 from needle.network import Network, Shape
 from needle.training import LENGTHS, Plan, Trainer
 from vllm import SamplingParams
 
 TINY = Shape(n_layers=1, n_heads=1, d_model=64, mlp_hidden_size=64)
+SHORT = Plan(minutes=0.03, batch_tokens=96)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -70,21 +76,74 @@ def test_training_learns_a_batch_by_heart():
     torch.manual_seed(0)
     trainer = Trainer(Network(TINY), Plan(minutes=1, adam_rate=1e-2, muon_rate=2e-2))
     batch = batches.make(random.Random(0), LENGTHS[0], 4, recall_share=1.0)
-    for _ in range(100):
+    before = trainer.count()
+    for _ in range(50):
         trainer.step(batch, rate=1.0)
-    assert trainer.scores(0)[batches.RECALL] > 0.5
+    half = trainer.count()
+    for _ in range(50):
+        trainer.step(batch, rate=1.0)
+    now = trainer.count()
+    assert now.scores_since(half, 0)[batches.RECALL] > 0.5
+    assert now.loss_since(half) < half.loss_since(before)
 
 
 def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(monkeypatch):
-    from needle import training
-
-    monkeypatch.setattr(training, "REPORT", 1)
-    monkeypatch.setattr(training, "batch_size", lambda length: 2)
     network, saved = Network(TINY), []
     torch.nn.init.constant_(network.model["transformer"]["wte"].weight, float("nan"))
     with pytest.raises(FloatingPointError, match="loss is not a number"):
-        training.train(network, Plan(1), seed=0, workers=0, save=lambda: saved.append(1))
+        training.train(network, SHORT, seed=0, workers=0, save=lambda: saved.append(1))
     assert not saved
+
+
+def test_a_line_comes_with_the_first_step_and_then_by_the_clock(monkeypatch, capsys):
+    monkeypatch.setattr(training, "LINE", 0.5)
+    saved = []
+    training.train(Network(TINY), SHORT, seed=0, workers=0, save=lambda: saved.append(1))
+    lines = capsys.readouterr().out.splitlines()
+    assert " step 1," in lines[0] and 3 <= len(lines) <= 6
+    assert all(re.search(r"\d s left  step \d+, [\d.]+ a second  loss \d", line) for line in lines)
+    assert len(saved) >= len(lines) - 1
+
+
+def test_rates_warm_up_by_steps_or_by_time_and_fall_to_zero():
+    plan = Plan(1)
+    assert plan.rate(0, 0) == pytest.approx(1 / 300)
+    assert plan.rate(300, 0.01) == plan.rate(10, 0.2) == 1
+    assert plan.rate(9, 0.05) == 0.5
+    assert plan.rate(10**6, 1) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_leaves_a_checkpoint(number, tmp_path):
+    """A second of training ends a process; its workers end with it."""
+    script = Path(train_needle.__file__)
+    program = (
+        "from needle import training; import train_needle; training.LINE = 0.1; train_needle.main()"
+    )
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--minutes", "5", "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": str(script.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_for(out / "tokenizer_config.json")
+            process.send_signal(number)
+            _, message = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert message == f"interrupted: {out} holds the last checkpoint\n"
+    assert torch.isfinite(checkpoint.load(out).model["transformer"]["wte"].weight).all()
+
+
+def wait_for(file):
+    end = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < end, f"no {file}"
+        time.sleep(0.1)
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):

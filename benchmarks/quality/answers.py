@@ -8,28 +8,51 @@ from typing import Any
 import torch
 from needle import checkpoint
 from needle.decoding import denoise
-from needle.network import Network
+from needle.network import Attention, Network, full_attention
+from torch import Tensor
 
 from quality.attention import SparseAttention
 from quality.methods import Method
 from quality.questions import Question
 
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # in which vLLM runs the model there
+
 # Tokens of each, and the share of key blocks that sparse steps read, where it is known.
 Answers = tuple[list[list[int]], float | None]
 
 
-def load(folder: Path, device: torch.device) -> Network:
-    """The network of a checkpoint; in bfloat16 on a GPU, as vLLM runs it there."""
-    return checkpoint.load(folder).to(
-        device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+def load(folder: Path, device: torch.device, dtype: str | None = None) -> Network:
+    """The network of a checkpoint.  dtype: left out, that of the device"""
+    return checkpoint.load(folder).to(device, getattr(torch, dtype or DTYPES[device.type]))
+
+
+class Remembering:
+    """A network that computes no canvas twice which it sees in full.
+
+    All methods begin with the same dense steps over the same questions.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.prompts = network, torch.empty(0)
+        self.known: dict[bytes, Tensor] = {}
+
+    def __call__(self, tokens: Tensor, rows: slice, attend: Attention) -> Tensor:
+        """rows: the canvas.  As Network.forward"""
+        if attend is not full_attention:
+            return self.network(tokens, rows, attend)
+        if not torch.equal(self.prompts, prompts := tokens[:, : rows.start]):
+            self.prompts, self.known = prompts.clone(), {}
+        canvas = tokens[:, rows].cpu().numpy().tobytes()
+        if canvas not in self.known:
+            self.known[canvas] = self.network(tokens, rows, attend)
+        return self.known[canvas]
 
 
 class Harness:
     """The network by itself; all questions of a call go through it together."""
 
     def __init__(self, network: Network, canvas: int, steps: int, block_size: int) -> None:
-        self.network, self.block_size = network, block_size
+        self.network, self.block_size = Remembering(network), block_size
         self.canvas, self.steps = canvas, steps
         self.device = next(network.parameters()).device
 
@@ -42,7 +65,7 @@ class Harness:
             prompt=prompts.shape[1],
             canvas=self.canvas,
             steps=self.steps,
-            block_size=self.block_size,
+            block_size=method.block_size or self.block_size,
             device=self.device,
         )
         answers = denoise(self.network, prompts, self.canvas, self.steps, attention)

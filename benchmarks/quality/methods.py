@@ -18,6 +18,7 @@ class Method:
     shared: one list for all heads, by the mean of their scores
     isolated: prompt and generation blocks are selected apart
     sinks: first blocks that a window keeps
+    block_size: its own, in tokens, where it is not the bench's
     """
 
     name: str
@@ -28,6 +29,7 @@ class Method:
     shared: bool = False
     isolated: bool = True
     sinks: int = 0
+    block_size: int | None = None
 
     @property
     def request(self) -> dict[str, float] | None:
@@ -36,7 +38,8 @@ class Method:
             return {"use_sparsed": 0}
         if self.table != "recorded" or self.shared or not self.isolated:
             return None
-        return {"use_sparsed": 1, "sparsed_select": self.select, "sparsed_skip": self.skip}
+        own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
+        return {"use_sparsed": 1, "sparsed_select": self.select, "sparsed_skip": self.skip, **own}
 
 
 DENSE = Method("dense", "dense", table="none")
@@ -47,6 +50,10 @@ METHODS = {
         *(
             Method(f"sparsed-{share}", f"SparseD, select {share}", select=share)
             for share in (0.5, 0.3, 0.2, 0.1)
+        ),
+        *(
+            Method(f"blocks-{size}", f"select 0.3, blocks of {size}", block_size=size)
+            for size in (64, 128)
         ),
         Method("no-warm-up", "select 0.3, skip 0", skip=0.0),
         Method("shared", "select 0.3, one list for all heads", shared=True),

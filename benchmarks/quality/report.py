@@ -50,6 +50,8 @@ class Results:
         """One line for each method, length and task, and one for the average of the tasks."""
         for (length, method), tasks in self.cells.items():
             key = {"method": method, "length": length, "density": self.densities[length, method]}
+            if own := METHODS[method].block_size:
+                key["block_size"] = own
             rows = {task: self._means(length, task, cell) for task, cell in tasks.items()}
             for task, row in rows.items():
                 yield {**key, "task": task, "samples": len(tasks[task].marks), **_flat(row)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from needle.batches import MASK_ID
-from needle.network import Attention, Network, full_attention
+from needle.network import Attention, full_attention
 
 
 def paces(canvas: int, steps: int) -> list[int]:
@@ -19,7 +19,7 @@ def paces(canvas: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def denoise(
-    network: Network,
+    network: Callable[[Tensor, slice, Attention], Tensor],
     prompts: Tensor,
     canvas: int,
     steps: int,

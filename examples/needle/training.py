@@ -24,12 +24,13 @@ GATES = ("single", "multikey")  # tasks that must be mastered before texts grow 
 MASTERY = 0.95  # share of their masked tokens told right
 SHORTEST = 800  # steps of a stage
 CHUNK = 8  # batches that a worker hands over at once
-REPORT = 200  # steps
+CHECK = 200  # steps from one look at the scores to the next
+LINE = 10.0  # seconds from one line of progress to the next
 
 
-def batch_size(length: int) -> int:
-    """Examples of a batch: 8k tokens, more where the texts are so long that few would fit."""
-    return max(8192 // length, 8)
+def batch_size(length: int, tokens: int) -> int:
+    """Examples of a batch of so many tokens, more where texts are so long that few would fit."""
+    return max(tokens // length, 8)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Plan:
     minutes: float
     adam_rate: float = 1e-3
     muon_rate: float = 3e-3
-    warm_up: int = 300  # steps
+    warm_up: int = 300  # steps, or a tenth of the time where steps are slow
+    batch_tokens: int = 8192
     decay: float = 0.55  # the last share of the time, over which rates fall to zero
     latest: float = 0.6  # progress at which the last stage begins at the latest
 
     def rate(self, step: int, progress: float) -> float:
         """Share of the full learning rates."""
-        return max(0.0, min(1.0, (step + 1) / self.warm_up, (1 - progress) / self.decay))
+        warm = max((step + 1) / self.warm_up, progress / 0.1)
+        return max(0.0, min(1.0, warm, (1 - progress) / self.decay))
 
     def latest_stage(self, progress: float) -> int:
         """The stage in which this progress must be, mastered or not."""
@@ -56,9 +59,9 @@ class Plan:
 class Feed(IterableDataset[list[Batch]]):
     """Batches for the current stage, drawn in worker processes; a chunk has one length."""
 
-    def __init__(self, seed: int, stage: Any) -> None:
-        """stage: an integer that all processes share"""
-        self.seed, self.stage = seed, stage
+    def __init__(self, seed: int, stage: Any, tokens: int) -> None:
+        """stage: an integer that all processes share.  tokens: of a batch"""
+        self.seed, self.stage, self.tokens = seed, stage, tokens
 
     def __iter__(self) -> Iterator[list[Batch]]:
         info = get_worker_info()
@@ -67,7 +70,8 @@ class Feed(IterableDataset[list[Batch]]):
             stage = self.stage.value
             length = LENGTHS[stage if rng.random() < 0.6 else rng.randint(0, stage)]
             recall_share = 0.05 + 0.5 * 0.8**stage
-            yield [make(rng, length, batch_size(length), recall_share) for _ in range(CHUNK)]
+            size = batch_size(length, self.tokens)
+            yield [make(rng, length, size, recall_share) for _ in range(CHUNK)]
 
     def batches(self, workers: int) -> Iterator[Batch]:
         for chunk in DataLoader(self, batch_size=None, num_workers=workers):
@@ -85,6 +89,27 @@ class Slot:
     uses: int = 0
 
 
+@dataclass(frozen=True)
+class Count:
+    """What a trainer has counted since it began.
+
+    loss: the sum of all steps'.  told: float64 [right or asked, kind, length], masked tokens
+    """
+
+    steps: int
+    loss: float
+    told: Tensor
+
+    def loss_since(self, before: "Count") -> float:
+        """The mean of the steps in between."""
+        return (self.loss - before.loss) / max(1, self.steps - before.steps)
+
+    def scores_since(self, before: "Count", stage: int) -> dict[str, float]:
+        """Per kind, the share of masked tokens told right in between, at one length."""
+        right, asked = (self.told - before.told)[:, :, stage].tolist()
+        return {kind: r / n for kind, r, n in zip(KINDS, right, asked, strict=True) if n}
+
+
 class Trainer:
     """A network, its optimizers, and a step that runs as one CUDA graph where it can."""
 
@@ -95,8 +120,9 @@ class Trainer:
         self.stream = torch.cuda.Stream() if self.cuda else None
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
         self.slots: dict[tuple[int, ...], Slot] = {}
-        self.loss = torch.zeros((), device=self.device)  # a running mean
-        self.tally = torch.zeros(2, len(KINDS), len(LENGTHS), device=self.device)  # right, told
+        sums = {"dtype": torch.float64, "device": self.device}
+        self.steps, self.loss = 0, torch.zeros((), **sums)
+        self.told = torch.zeros(2, len(KINDS), len(LENGTHS), **sums)
         self._make_optimizers()
 
     def _make_optimizers(self) -> None:
@@ -120,6 +146,7 @@ class Trainer:
                 with torch.cuda.graph(slot.graph, pool=self.pool, stream=self.stream):
                     self._update(slot)
             slot.graph.replay() if slot.graph else self._update(slot)
+        self.steps += 1
 
     def _own_stream(self) -> AbstractContextManager[Any]:
         """Gradients remember their stream: it must be the one that graphs are captured on."""
@@ -154,18 +181,47 @@ class Trainer:
 
     @torch.no_grad()
     def _count(self, slot: Slot, logits: Tensor, loss: Tensor) -> None:
-        self.loss.lerp_(loss, 0.02)
+        self.loss.add_(loss)
         told = slot.masked & (slot.ids != EOS_ID)
         right = told & (logits.argmax(-1) == slot.ids)
         level = LENGTHS.index(slot.ids.shape[1])
-        counts = torch.stack((right.sum(1), told.sum(1))).float()
-        self.tally[:, :, level].index_add_(1, slot.kinds, counts)
+        counts = torch.stack((right.sum(1), told.sum(1))).double()
+        self.told[:, :, level].index_add_(1, slot.kinds, counts)
 
-    def scores(self, stage: int) -> dict[str, float]:
-        """Per kind, the share of masked tokens told right since the last call, at one length."""
-        right, told = self.tally[:, :, stage].tolist()
-        self.tally.zero_()
-        return {kind: r / t for kind, r, t in zip(KINDS, right, told, strict=True) if t}
+    def count(self) -> Count:
+        """Waits for the device, so that the weights are whole as well."""
+        if self.stream:
+            self.stream.synchronize()
+        return Count(self.steps, self.loss.item(), self.told.cpu().clone())
+
+
+class Log:
+    """Lines of progress: at the first step, and then every LINE seconds."""
+
+    def __init__(self, trainer: Trainer, started: float) -> None:
+        self.trainer, self.started = trainer, started
+        self.last, self.written = trainer.count(), started
+
+    def due(self) -> bool:
+        """Asks the clock alone, and not the device."""
+        return self.last.steps == 0 or time.time() - self.written >= LINE
+
+    def write(self, stage: int) -> None:
+        """Raises FloatingPointError if the loss is no number."""
+        now, clock = self.trainer.count(), time.time()
+        loss = now.loss_since(self.last)
+        if loss != loss:
+            raise FloatingPointError(f"the loss is not a number after {now.steps} steps")
+        pace = (now.steps - self.last.steps) / max(1e-9, clock - self.written)
+        spent, whole = clock - self.started, 60 * self.trainer.plan.minutes
+        scores = now.scores_since(self.last, stage)
+        told = " ".join(f"{kind} {score:.2f}" for kind, score in scores.items())
+        print(
+            f"{spent:6.1f} s, {max(0, whole - spent):.0f} s left  step {now.steps}, "
+            f"{pace:.1f} a second  loss {loss:.3f}  {LENGTHS[stage]} tokens: {told}",
+            flush=True,
+        )
+        self.last, self.written = now, clock
 
 
 def train(
@@ -173,43 +229,29 @@ def train(
 ) -> None:
     """Run the plan, with a line of progress now and then.
 
-    workers: processes that draw batches.  save(): called with each line, and at the end
-    Raises FloatingPointError if the loss is no number, before such weights are saved.
+    workers: processes that draw batches.  save(): called with each line but the first, and at the
+    end.  Raises FloatingPointError if the loss is no number, before such weights are saved.
     """
-    stage, started, since, progress = mp.Value("i", 0), time.time(), 0, 0.0
+    stage, since, progress, started = mp.Value("i", 0), 0, 0.0, time.time()
     trainer = Trainer(network, plan)
-    for step, batch in enumerate(Feed(seed, stage).batches(workers)):
+    log, last = Log(trainer, started), trainer.count()
+    for step, batch in enumerate(Feed(seed, stage, plan.batch_tokens).batches(workers)):
         if progress >= 1:
             break
         progress = (time.time() - started) / 60 / plan.minutes
         trainer.step(batch, plan.rate(step, progress))
-        if (step + 1) % REPORT:
+        if log.due():
+            log.write(stage.value)
+            if step:
+                save()
+        if (step + 1) % CHECK:
             continue
-        scores = trainer.scores(stage.value)
-        if (step + 1) % (5 * REPORT) == 0:
-            _report(time.time() - started, step + 1, progress, stage.value, trainer, scores)
-            save()
+        before, last = last, trainer.count()
+        scores = last.scores_since(before, stage.value)
         mastered = step - since >= SHORTEST and all(scores.get(g, 0) > MASTERY for g in GATES)
         late = plan.latest_stage(progress) > stage.value
         if late or (mastered and stage.value + 1 < len(LENGTHS)):
             stage.value, since = stage.value + 1, step
+    if trainer.steps > log.last.steps:
+        log.write(stage.value)
     save()
-
-
-def _report(
-    seconds: float,
-    step: int,
-    progress: float,
-    stage: int,
-    trainer: Trainer,
-    scores: dict[str, float],
-) -> None:
-    loss = trainer.loss.item()
-    if loss != loss:
-        raise FloatingPointError(f"the loss is not a number after {step} steps")
-    told = " ".join(f"{kind} {score:.2f}" for kind, score in scores.items())
-    print(
-        f"{seconds:6.1f} s {progress:4.0%}  step {step}  loss {loss:.3f}  "
-        f"{LENGTHS[stage]} tokens: {told}",
-        flush=True,
-    )

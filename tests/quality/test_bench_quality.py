@@ -110,6 +110,32 @@ def test_answers_do_not_depend_on_the_batch():
         assert together == alone
 
 
+@torch.no_grad()
+def test_dense_steps_that_methods_share_are_computed_once():
+    network, calls = Network(SHAPE), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    questions = [draw("single", 100, 24, index) for index in range(2)]
+    harness = Harness(network, canvas=24, steps=6, block_size=BLOCK)
+    for name, count in (("dense", 6), ("sparsed-0.3", 4)):  # dense steps 0 and 1
+        alone = Harness(network, canvas=24, steps=6, block_size=BLOCK)
+        expected = alone.answer(METHODS[name], questions)
+        calls.clear()
+        assert harness.answer(METHODS[name], questions) == expected
+        assert len(calls) == count
+    other = [draw("single", 100, 24, index) for index in range(2, 4)]
+    assert harness.answer(DENSE, other) != harness.answer(DENSE, questions)
+
+
+def test_a_method_may_have_a_block_size_of_its_own():
+    harness = Harness(Network(SHAPE), canvas=24, steps=6, block_size=BLOCK)
+    questions = [draw("single", 300, 24, 0)]
+    _, small = harness.answer(METHODS["sparsed-0.3"], questions)
+    _, large = harness.answer(METHODS["blocks-128"], questions)
+    assert small < large  # of three blocks more must be kept than of twenty
+    assert METHODS["blocks-128"].request["sparsed_block_size"] == 128
+    assert "sparsed_block_size" not in METHODS["sparsed-0.3"].request
+
+
 def test_questions_repeat_and_have_the_length_asked_for():
     for task in ("multiquery", "common"):
         question = draw(task, 200, 32, 7)
@@ -137,6 +163,7 @@ def test_intervals_are_those_of_the_normal_distribution():
         ("--samples 0", "--samples must be at least 2, got 0"),
         ("--tasks poetry", "--tasks must be of single"),
         ("--methods magic", "--methods must be of dense"),
+        ("--dtype int8", "--dtype must be of float32, bfloat16, got int8"),
         ("--block-size 48", "--block-size must be of 16, 32, 64, 128, got 48"),
         ("--steps 33", "--steps must be 1 to 32, got 33"),
         ("--model nowhere", "--model is a folder with a config.json, got nowhere"),

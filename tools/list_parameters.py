@@ -19,7 +19,7 @@ HEAD = f"""\
 # Parameters
 
 Written by `tools/list_parameters.py` from the code that parses them; ranges and defaults that
-depend on the request are those for `max_tokens` {LENGTH}. README.md says what they do.
+depend on the request are those for `max_tokens` {LENGTH}. docs/requests.md says what they do.
 
 ## Of a request
 

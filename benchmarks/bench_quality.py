@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, answerer: answers.Harness | answers.Engine
     results, begin = Results(), time.monotonic()
     rounds = range(0, args.samples, ROUND)
     total = len(rounds) * len(args.lengths) * len(args.methods)
-    with tqdm(total=total, unit="method", disable=None) as bar:
+    with tqdm(total=total, unit="method") as bar:  # in log files too: a CPU takes long
         for done, first in enumerate(rounds):
             spent = time.monotonic() - begin
             if args.seconds and done and spent * (done + 1) / done > args.seconds:

@@ -24,10 +24,11 @@ Steps = dict[int, dict[str, float]]  # tokens -> phase -> seconds
 
 
 def read(paths: Iterable[Path] = tuple(RESULTS)) -> dict[tuple[str, str], Steps]:
-    """Single requests' steps on each device and model; of repeated measurements the last."""
+    """Single requests' eager steps on each device and model; of repeated measurements the last."""
     steps: dict[tuple[str, str], Steps] = defaultdict(lambda: defaultdict(dict))
     for line in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
-        if line["batch"] == 1 and line["phase"] in PHASES and "seconds" in line:
+        is_eager = line.get("engine", "eager") == "eager"
+        if is_eager and line["batch"] == 1 and line["phase"] in PHASES and "seconds" in line:
             steps[line["device"], line["model"]][line["tokens"]][line["phase"]] = line["seconds"]
     return steps
 

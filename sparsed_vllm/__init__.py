@@ -3,6 +3,13 @@
 """vLLM plugin that serves full-attention diffusion language models: LLaDA, Dream and their kin."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+if not (_HERE / "kernels").exists():
+    # A checkout, in which kernels/ and patches/ stand beside this folder. Python finds it before
+    # an installed package if it is started there, as vLLM starts the processes that look at models.
+    __path__.append(str(_HERE.parent))
 
 try:
     __version__ = version("sparsed-vllm")

@@ -160,3 +160,13 @@ def test_the_denoising_of_one_request_imports_no_vllm(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("sparsed_vllm.kernels.")])
 def test_a_kernel_imports_torch_and_triton_only(module: str) -> None:
     assert not outside(imports_of(module), {"torch", "triton", "sparsed_vllm.kernels"})
+
+
+def test_a_checkout_on_the_path_is_whole(tmp_path):
+    """It hides an installed package from whoever starts Python in it, vLLM's processes too."""
+    for folder in PACKAGE_OF:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    program = "import sparsed_vllm.kernels, sparsed_vllm.patches as p; print(p.__file__)"
+    command = [sys.executable, "-S", "-c", program]  # without what is installed
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert Path(printed.stdout.strip()).is_relative_to(tmp_path)

@@ -33,14 +33,16 @@ class Remembering:
     """
 
     def __init__(self, network: Network) -> None:
-        self.network, self.prompts = network, torch.empty(0)
+        self.network = network
+        self.prompts: Tensor | None = None
         self.known: dict[bytes, Tensor] = {}
 
     def __call__(self, tokens: Tensor, rows: slice, attend: Attention) -> Tensor:
         """rows: the canvas.  As Network.forward"""
         if attend is not full_attention:
             return self.network(tokens, rows, attend)
-        if not torch.equal(self.prompts, prompts := tokens[:, : rows.start]):
+        prompts = tokens[:, : rows.start]
+        if self.prompts is None or not torch.equal(self.prompts, prompts):
             self.prompts, self.known = prompts.clone(), {}
         canvas = tokens[:, rows].cpu().numpy().tobytes()
         if canvas not in self.known:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+Confidence = Literal["probability", "margin", "entropy"]
+
 STREAM = 1
 """Last word of the noise's counters: torch's generator on a GPU is Philox too, and has 0 there."""
 
@@ -33,7 +35,7 @@ class Choice:
     tempered: bool = False
     top_p: float = 1.0
     top_k: int = 0
-    confidence: Literal["probability", "margin", "entropy"] = "probability"
+    confidence: Confidence = "probability"
 
     def __post_init__(self) -> None:
         assert self.temperature > 0 or not self.tempered

@@ -9,20 +9,20 @@ few of the tokens may be drawn, a program a row first searches the least logit o
 row, which then lies in the L2 cache, once for each bit of a logit.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden
+from sparsed_vllm.kernels.choice import STREAM, Choice, Confidence, Forbidden
 from sparsed_vllm.kernels.tiles import LOG2_E
 
 TILE = 4096  # tokens of a program
 ROW_TILE = 8192  # tokens that a search reads at once
 
-CONFIDENCES = ("probability", "margin", "entropy")
+CONFIDENCES = get_args(Confidence)
 MARGIN, ENTROPY = tl.constexpr(1), tl.constexpr(2)  # places in it
 
 EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

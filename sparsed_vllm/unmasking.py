@@ -6,20 +6,16 @@ One request at a time, so that a request's tokens cannot depend on its batch mat
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.choice import Choice, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Confidence, Forbidden
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Block, even_share
 
-_CONFIDENCES: dict[str, Literal["margin", "entropy"]] = {
-    "topk_margin": "margin",
-    "entropy": "entropy",
-}
+_CONFIDENCES: dict[str, Confidence] = {"topk_margin": "margin", "entropy": "entropy"}
 """Of the policies for which it is not the chosen token's probability."""
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The attention kernels: Triton on a GPU, its torch twin elsewhere.
+"""The kernels: Triton on a GPU, their torch twins elsewhere.
 
 reference.py says what each function computes.
 """
@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels.choice import Choice, Forbidden
 from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype, most_kept, num_blocks
 
 __all__ = [
     "BLOCK_SIZES",
     "HEAD_DIMS",
+    "Choice",
+    "Forbidden",
     "QueryBlocks",
     "Span",
     "Window",
     "block_scores",
     "block_sparse_attention",
+    "choose_tokens",
     "dense_attention",
     "id_dtype",
     "most_kept",
@@ -115,6 +119,18 @@ def dense_attention(
     _check_batch(blocks, q, k, v)
     attend = _for(q, "dense_attention")
     return attend(q, k, v, blocks, scale=scale, out=out, return_lse=return_lse)
+
+
+def choose_tokens(
+    logits: Tensor, choice: Choice, forbidden: Forbidden
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of logits a token, how sure it is, and the largest logit."""
+    assert logits.dtype in DTYPES, f"no kernel for {logits.dtype}"
+    assert 0 <= forbidden.mask_token_id < logits.shape[1]
+    if forbidden.early is not None:
+        assert forbidden.early.shape == logits.shape[:1] and forbidden.early.dtype == torch.bool
+        assert forbidden.stop_tokens is not None and forbidden.stop_tokens.dtype == torch.int64
+    return _for(logits, "choose_tokens")(logits, choice, forbidden)
 
 
 def _for(tensor: Tensor, name: str) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Plain-torch twins of the kernels: what they compute, and what runs on the CPU.
 
-All arithmetic is in float32. A twin works on one query block and a few heads at a time, one
+All arithmetic is in float32. Attention works on one query block and a few heads at a time, one
 sequence after another, so that a sequence's results cannot depend on its batch mates.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden
 from sparsed_vllm.kernels.layout import QueryBlocks, Span
 
 _TILE_ELEMENTS = 1 << 18  # logits worked on at once: 1 MiB, which stays in a core's cache
@@ -234,3 +235,109 @@ def _logits(
             logits = queries[first : first + step] @ keys[first : first + step].mT
             heads = slice(first * group, (first + logits.shape[0]) * group)
             yield place, rows, heads, logits.view(-1, rows.stop - rows.start, span.length)
+
+
+def choose_tokens(
+    logits: Tensor, choice: Choice, forbidden: Forbidden
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The token that each row chooses, how sure that is, and the row's largest logit.
+
+    logits [rows, vocab], only read
+    forbidden: tokens that are not chosen; `choice` says whether they count in the confidence
+    Returns tokens int64 [rows], of equal ones the first; confidence float32 [rows], higher is
+    surer; and logits.amax(-1), float32 [rows]: a number unless a logit is none, or infinite.
+    Where it is not, the token is any of the vocabulary and the confidence means nothing.
+    """
+    num_rows = max(1, _TILE_ELEMENTS // logits.shape[1])
+    parts = [
+        _choose(part, choice, barred, place * num_rows)
+        for place, (part, barred) in enumerate(
+            zip(logits.split(num_rows), forbidden.of_rows(num_rows), strict=False)
+        )
+    ]
+    tokens, confidences, largest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, confidences, largest
+
+
+def _choose(
+    logits: Tensor, choice: Choice, forbidden: Forbidden, first_row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for rows of which the first is `first_row` of all."""
+    largest = logits.amax(-1).float()
+    allowed = forbidden.bar_from(logits.to(torch.float32, copy=True))
+    if choice.truncates:
+        allowed = _truncate(allowed, choice)
+    scores = allowed
+    if choice.temperature > 0:
+        rows = range(first_row, first_row + logits.shape[0])
+        noise = -exponential(choice.seed, rows, logits.shape[1], logits.device).log()
+        # In float64: a low temperature leaves little of the noise beside the logits.
+        scores = allowed.double() + choice.temperature * noise
+    tokens = scores.argmax(-1)
+    probs = (allowed / choice.temperature if choice.tempered else logits.float()).softmax(-1)
+    return tokens, _confidence(probs, tokens, choice), largest
+
+
+def _confidence(probs: Tensor, tokens: Tensor, choice: Choice) -> Tensor:
+    """probs [rows, vocab], the chosen tokens [rows] -> [rows]"""
+    if choice.confidence == "margin":
+        best, second = probs.topk(2, dim=-1).values.unbind(-1)
+        return best - second
+    if choice.confidence == "entropy":
+        return -torch.special.entr(probs).sum(-1)
+    return probs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _truncate(logits: Tensor, choice: Choice) -> Tensor:
+    """Logits [rows, vocab] with -inf for those that are neither in the top p nor in the top k."""
+    ordered = logits.sort(dim=-1, descending=True).values
+    probs = (ordered / choice.temperature).softmax(-1)
+    kept = probs.cumsum(-1) - probs <= choice.top_p
+    if choice.top_k:
+        kept[:, choice.top_k :] = False
+    last = kept.sum(-1, keepdim=True) - 1
+    least = ordered.gather(-1, last.clamp(min=0))  # none, where logits are no numbers
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def exponential(seed: int, rows: range, vocab: int, device: torch.device) -> Tensor:
+    """Noise E of the exponential distribution; the argmax of logits - log(E) is a draw.
+
+    Token t of row r has two words of Philox 4x32-10, key `seed`, counter (t // 2, r, 0, STREAM):
+    the first two if t is even, else the last two; they are 64 bits of a number v in (0, 1], and
+    E = -log(1 - v). Draws are made by small E, so small v must be fine: in 24 or 32 bits, or in
+    float32 near 1, noise is cut off where rare tokens win (arXiv 2409.02908). Here v has a float's
+    24 bits down to 2^-40, and reaches 2^-65. As log(E) is a float32 of at most 45, odds between
+    two tokens are off by a factor of 4e-6 at most.
+
+    Returns float32 [len(rows), vocab], over 0.
+    """
+    pairs = torch.arange((vocab + 1) // 2, device=device).expand(len(rows), -1)
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None].expand_as(pairs)
+    zeros = torch.zeros_like(pairs)
+    words = _philox((pairs, row, zeros, zeros + STREAM), (seed & _WORD, seed >> 32))
+    shares = [share(*words[:2]), share(*words[2:])]
+    v = torch.stack(shares, dim=-1).flatten(1)[:, :vocab]
+    return -(-v.clamp(max=1 - 2**-24)).log1p()
+
+
+def share(high: Tensor, low: Tensor) -> Tensor:
+    """64 random bits as a float32 in (0, 1].  high, low int64, of 32 bits"""
+    return (high.float() + (low.float() + 0.5) * 2**-32) * 2**-32
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four random words for each counter of four; int64, of 32 bits.
+
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): 10 rounds.
+    """
+    a, b, c, d = counter
+    for i in range(10):
+        keys = ((key[0] + i * 0x9E3779B9) & _WORD, (key[1] + i * 0xBB67AE85) & _WORD)
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # of 64 bits: the sign is one of them
+        a, b = (second >> 32) & _WORD ^ b ^ keys[0], second & _WORD
+        c, d = (first >> 32) & _WORD ^ d ^ keys[1], first & _WORD
+    return a, b, c, d

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparsed_vllm.canvas import Canvas
 from sparsed_vllm.config import Sparsity
+from sparsed_vllm.kernels.choice import Forbidden
 from sparsed_vllm.logprobs import LogprobRecord, TokenScores
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Phase, Schedule, phase_of, resume_step
 from sparsed_vllm.unmasking import (
-    Forbidden,
     choose_places,
     choose_tokens,
     draw_places,
@@ -156,12 +156,11 @@ class Denoising:
         places: what `open_places` returned;  logits [len(places), vocab], any float type
         """
         if len(places):
-            # The largest of a row is a number unless one of the row is none, or infinite.
-            self._has_failed = self._has_failed | ~logits.amax(-1).isfinite().all()
             self._generator.manual_seed((self._seed + self.step * _GOLDEN_RATIO) & _LARGEST_SEED)
-            tokens, confidence = choose_tokens(
+            tokens, confidence, largest = choose_tokens(
                 logits, self.params, self._forbidden_at(places), self._generator
             )
+            self._has_failed = self._has_failed | ~largest.isfinite().all()
             chosen = self._choose(places >= 0, confidence)
             self.canvas.fill(places, tokens, chosen)
             if self._record is not None:

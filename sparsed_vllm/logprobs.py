@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsed_vllm.unmasking import rows_at_once
+_ELEMENTS_AT_ONCE = 1 << 25  # rows x vocabulary widened together: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ def score_tokens(logits: Tensor, tokens: Tensor, top: int, mask_token_id: int) -
         torch.cat([own_logprobs, best.values], -1),
         (logprobs >= own_logprobs).sum(-1).int(),
     )
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows of logits that are scored together; bounds the memory."""
+    return max(1, _ELEMENTS_AT_ONCE // vocab_size)
 
 
 class LogprobRecord:

@@ -15,9 +15,10 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from sparsed_vllm.denoising import FinalTokens
-from sparsed_vllm.logprobs import TokenScores
+from sparsed_vllm.kernels.choice import Forbidden
+from sparsed_vllm.logprobs import TokenScores, rows_at_once, score_tokens
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.unmasking import Forbidden, choose_tokens, rows_at_once
+from sparsed_vllm.unmasking import choose_tokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from sparsed_vllm.model_state import DenoisingModelState, Turn
 
 
-COSTLIEST = DenoisingParams(1, 1, 1, policy="low_confidence", temperature=1.0)
-"""The decoding that takes the most memory for each row of logits."""
+DRAWING = DenoisingParams(1, 1, 1, policy="low_confidence", temperature=1.0)
+"""A decoding whose kernel is best compiled before requests come."""
 
 
 class DenoisingSampler:
@@ -74,9 +75,10 @@ class DenoisingSampler:
             return
         tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
-        some = largest[: rows_at_once(logits.shape[-1])]
-        forbidden = Forbidden(self.state.mask_token_id)
-        choose_tokens(some, COSTLIEST, forbidden, self.state.generator)
+        mask_token_id = self.state.mask_token_id
+        tokens, *_ = choose_tokens(largest, DRAWING, Forbidden(mask_token_id), self.state.generator)
+        some = slice(rows_at_once(logits.shape[-1]))  # logprobs widen so many logits
+        score_tokens(largest[some].clone(), tokens[some], 1, mask_token_id)
         del tables
 
     def _advance(self, turn: Turn | None, rows: Tensor) -> FinalTokens:

@@ -39,7 +39,7 @@ def test_no_alternatives_may_be_asked_for(logits):
 def test_many_rows_are_scored_in_parts(logits, monkeypatch):
     tokens, rows = logits.argmin(-1), torch.arange(20)
     whole = score_tokens(logits, tokens, 2, MASK)
-    monkeypatch.setattr("sparsed_vllm.unmasking._ELEMENTS_AT_ONCE", 150)
+    monkeypatch.setattr("sparsed_vllm.logprobs._ELEMENTS_AT_ONCE", 150)
     record = LogprobRecord(20, 2, MASK, logits.device)
     record.note(logits, rows, tokens, rows)
     assert torch.equal(whole.logprobs, record.of(rows).logprobs)

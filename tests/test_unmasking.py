@@ -5,11 +5,11 @@
 import pytest
 import torch
 
+from sparsed_vllm.kernels.choice import Forbidden
 from sparsed_vllm.kernels.layout import most_kept
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.phases import Block
 from sparsed_vllm.unmasking import (
-    Forbidden,
     choose_places,
     choose_tokens,
     draw_places,
@@ -37,7 +37,7 @@ def logits():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_mask_token_is_never_chosen(logits, policy, temperature):
     logits[:, MASK] = 100.0
-    tokens, _ = choose_tokens(
+    tokens, *_ = choose_tokens(
         logits, params(policy, temperature=temperature), Forbidden(MASK), generator()
     )
     assert (tokens != MASK).all()
@@ -48,30 +48,30 @@ def test_the_mask_token_is_never_chosen(logits, policy, temperature):
 def test_stop_tokens_are_not_chosen_where_the_text_may_not_end(
     logits, policy, temperature, monkeypatch
 ):
-    monkeypatch.setattr("sparsed_vllm.unmasking._ELEMENTS_AT_ONCE", 150)
+    monkeypatch.setattr("sparsed_vllm.kernels.reference._TILE_ELEMENTS", 150)
     logits[:, 3] = 100.0
     early = torch.arange(40) % 3 == 0
     forbidden = Forbidden(MASK, torch.tensor([3, 5]), early)
     asked = params(policy, temperature=temperature)
-    tokens, _ = choose_tokens(logits, asked, forbidden, generator())
+    tokens, *_ = choose_tokens(logits, asked, forbidden, generator())
     assert torch.equal(tokens == 3, ~early)
     assert (tokens[early] != 5).all()
 
 
 def test_confidence_counts_the_mask_token_in_the_softmax(logits):
-    tokens, confidence = choose_tokens(logits, params(), Forbidden(MASK), generator())
+    tokens, confidence, _ = choose_tokens(logits, params(), Forbidden(MASK), generator())
     probs = logits.double().softmax(-1)
     torch.testing.assert_close(confidence.double(), probs[range(40), tokens], rtol=1e-6, atol=0)
 
 
 def test_margin_is_the_lead_over_the_second_token(logits):
-    _, confidence = choose_tokens(logits, params("topk_margin"), Forbidden(MASK), generator())
+    _, confidence, _ = choose_tokens(logits, params("topk_margin"), Forbidden(MASK), generator())
     first, second = logits.double().softmax(-1).topk(2).values.T
     torch.testing.assert_close(confidence.double(), first - second, rtol=0, atol=1e-6)
 
 
 def test_entropy_is_negated(logits):
-    _, confidence = choose_tokens(logits, params("entropy"), Forbidden(MASK), generator())
+    _, confidence, _ = choose_tokens(logits, params("entropy"), Forbidden(MASK), generator())
     probs = logits.double().softmax(-1)
     torch.testing.assert_close(
         confidence.double(), (probs * probs.log()).sum(-1), rtol=1e-4, atol=1e-5
@@ -101,7 +101,7 @@ def test_half_precision_logits_are_widened_before_the_softmax(logits, dtype):
 @pytest.mark.parametrize("policy", ["low_confidence", "maskgit_plus"])
 def test_tokens_are_drawn_with_their_tempered_probability(policy):
     logits = torch.randn(6).expand(40_000, 6)
-    tokens, _ = choose_tokens(logits, params(policy, temperature=0.7), Forbidden(5), generator())
+    tokens, *_ = choose_tokens(logits, params(policy, temperature=0.7), Forbidden(5), generator())
     drawn = tokens.bincount(minlength=6) / 40_000
     allowed = logits[0].clone()
     allowed[5] = -torch.inf
@@ -110,11 +110,11 @@ def test_tokens_are_drawn_with_their_tempered_probability(policy):
 
 def test_top_k_and_top_p_keep_the_likeliest(logits):
     best = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).argsort(-1, descending=True)
-    tokens, _ = choose_tokens(
+    tokens, *_ = choose_tokens(
         logits, params("maskgit_plus", temperature=5.0, top_k=3), Forbidden(MASK), generator()
     )
     assert (best[:, :3] == tokens[:, None]).any(-1).all()
-    tokens, confidence = choose_tokens(
+    tokens, confidence, _ = choose_tokens(
         logits, params("maskgit_plus", temperature=1.0, top_p=1e-6), Forbidden(MASK), generator()
     )
     assert torch.equal(tokens, best[:, 0])
@@ -132,7 +132,7 @@ def test_a_seed_repeats_the_draw_and_another_does_not(logits):
 
 def test_large_vocabularies_are_worked_on_in_parts(logits, monkeypatch):
     whole = choose_tokens(logits, params(), Forbidden(MASK), generator())
-    monkeypatch.setattr("sparsed_vllm.unmasking._ELEMENTS_AT_ONCE", 150)
+    monkeypatch.setattr("sparsed_vllm.kernels.reference._TILE_ELEMENTS", 150)
     parts = choose_tokens(logits, params(), Forbidden(MASK), generator())
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -8,6 +8,7 @@ from kernel_cases import make_batch, random_mask, run_sparse, table_of
 
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.block_sparse_attention import block_sparse_attention
+from sparsed_vllm.kernels.choice import Choice, Forbidden
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
@@ -38,3 +39,20 @@ def test_a_recording_step(block_size, head_dim):
     api.select_blocks(*scores, blocks, kept, num_kept, rows)
     torch.cuda.synchronize()
     assert (num_kept >= 1).all() and (num_kept <= blocks.most_kept).all()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(confidence="margin"),
+        Choice(1.0, confidence="entropy"),
+        Choice(1.0, tempered=True, top_p=0.9, top_k=50),
+    ],
+    ids=str,
+)
+def test_tokens_are_chosen(choice):
+    logits = torch.randn(3, 9001, device="cuda", dtype=torch.bfloat16)
+    early = torch.tensor([True, False, True], device="cuda")
+    forbidden = Forbidden(7, torch.tensor([9000], device="cuda"), early)
+    tokens, *_ = api.choose_tokens(logits, choice, forbidden)
+    assert (tokens >= 0).all() and (tokens < 9001).all()

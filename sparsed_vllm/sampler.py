@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sparsed_vllm.model_state import DenoisingModelState, Turn
 
 
-DRAWING = DenoisingParams(1, 1, 1, policy="low_confidence", temperature=1.0)
-"""A decoding whose kernel is best compiled before requests come."""
+COMMON = [DenoisingParams(1, 1, 1, policy="low_confidence", temperature=t) for t in (0.0, 1.0)]
+"""Decodings whose kernels are best compiled before requests come."""
 
 
 class DenoisingSampler:
@@ -76,7 +76,10 @@ class DenoisingSampler:
         tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
         mask_token_id = self.state.mask_token_id
-        tokens, *_ = choose_tokens(largest, DRAWING, Forbidden(mask_token_id), self.state.generator)
+        for params in COMMON:
+            tokens, *_ = choose_tokens(
+                largest, params, Forbidden(mask_token_id), self.state.generator
+            )
         some = slice(rows_at_once(logits.shape[-1]))  # logprobs widen so many logits
         score_tokens(largest[some].clone(), tokens[some], 1, mask_token_id)
         del tables

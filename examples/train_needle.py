@@ -4,7 +4,7 @@
 
     python examples/train_needle.py --out needle
 
-Eight minutes on an H100. Texts are made on the fly (needle/tasks.py). A line of progress comes
+Nine minutes on an H100. Texts are made on the fly (needle/tasks.py). A line of progress comes
 with the first step and then every ten seconds, and the checkpoint is written anew with it: whoever
 interrupts the training (Ctrl-C, SIGTERM) keeps the last one. At the end the model is examined: for
 each length and task, the share of the answers' tokens and of the whole answers that are right.
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=number(float, 0.01, 1440), default=7.5)
+    parser.add_argument("--minutes", type=number(float, 0.01, 1440), default=8.5)
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
     spare = max(1, min(14, (os.cpu_count() or 1) - 1))
     parser.add_argument("--workers", type=number(int, 1, 256), default=spare, help="draw batches")

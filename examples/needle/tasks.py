@@ -14,7 +14,7 @@ from functools import cache
 from pydoc_data.topics import topics
 from typing import Any
 
-from needle.vocabulary import encode
+from needle.vocabulary import ID, encode
 from needle.words import ADJECTIVES, NOUNS, OTHERS
 
 Words = list[str]
@@ -68,7 +68,7 @@ def variables(rng: random.Random, budget: int) -> Sample:
     """Chains of assignments; which variables hold the number that one chain begins with?"""
     hops = min(rng.randint(2, 5), max(2, budget // 24))
     count = rng.randint(1, max(1, min(6, budget // (12 * hops))))
-    names = _distinct_keys(rng, count * hops)
+    names = _distinct(rng, _short_key, count * hops)
     chains = [names[i : i + hops] for i in range(0, len(names), hops)]
     numbers: dict[str, None] = {}
     while len(numbers) < count:
@@ -96,7 +96,7 @@ def common(rng: random.Random, budget: int) -> Sample:
 def _retrieval(
     task: str, rng: random.Random, budget: int, *, asked: int, values: int, others: int
 ) -> Sample:
-    keys = _distinct_keys(rng, asked + others)
+    keys = _distinct(rng, _key, asked + others)
     numbers = [[_number(rng) for _ in range(values)] for _ in keys[:asked]]
     told = _usually_first(rng, _STATEMENTS)
     needles = [
@@ -118,6 +118,12 @@ _STATEMENTS = (
     "one of the special magic numbers for {} is : {} .",
     "the number of {} is {} .",
     "{} has the number {} .",
+    "the magic number of {} is {} .",
+    "the number for {} is : {} .",
+    "{} : {} .",
+    "{} is {} .",
+    "{} = {} .",
+    "{1} is the number of {0} .",
 )
 # For one number, for all numbers of one key, and for the numbers of several keys.
 _QUESTIONS = (
@@ -132,11 +138,18 @@ _QUESTIONS = (
         "what are the special magic numbers for {} mentioned in the provided text ?",
     ),
     ("what number does {} have ?", "what numbers does {} have ?", "what numbers do {} have ?"),
+    ("what is the number of {} ?", "what are the numbers of {} ?", "what are the numbers of {} ?"),
+    (
+        "tell me the number for {} .",
+        "tell me all the numbers for {} .",
+        "tell me the numbers for {} .",
+    ),
+    ("what is {} ?", "what is {} ?", "what is {} ?"),
 )
 
 
 def _usually_first(rng: random.Random, templates: tuple[Any, ...]) -> Any:
-    return templates[0] if rng.random() < 0.6 else rng.choice(templates)
+    return templates[0] if rng.random() < 0.5 else rng.choice(templates)
 
 
 def _statement(template: str, key: Words, number: str) -> Words:
@@ -162,7 +175,7 @@ def _listed(items: list[Words]) -> Words:
 
 def _number(rng: random.Random) -> str:
     """Mostly of four digits."""
-    digits = 4 if rng.random() < 0.6 else rng.randint(2, 7)
+    digits = 4 if rng.random() < 0.5 else rng.randint(1, 10)
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
@@ -172,20 +185,44 @@ def _crowd(rng: random.Random, budget: int, asked: int) -> int:
     return min(most, round(2 ** rng.uniform(0, 7)))
 
 
-def _key(rng: random.Random) -> Words:
-    """A noun, an adjective and a noun, or a made-up name that is no known word."""
+def _short_key(rng: random.Random) -> Words:
+    """A noun, an adjective and a noun, or a made-up name of a few letters."""
     kind = rng.random()
     if kind < 0.6:
         return [rng.choice(NOUNS)]
     if kind < 0.9:
         return [rng.choice(ADJECTIVES), rng.choice(NOUNS)]
-    return ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))]
+    return [_letters(rng, 3, 6)]
 
 
-def _distinct_keys(rng: random.Random, count: int) -> list[Words]:
+def _key(rng: random.Random) -> Words:
+    """A short key, or one of the many other names that things have."""
+    if rng.random() < 0.7:
+        return _short_key(rng)
+    first, second = rng.choice(ADJECTIVES + NOUNS), rng.choice(NOUNS)
+    makers: tuple[Callable[[], Words], ...] = (
+        lambda: [rng.choice(NOUNS), second],
+        lambda: [rng.choice(ADJECTIVES), first, second],
+        lambda: [first, "-", second],
+        lambda: [rng.choice(_unknown_words())],
+        lambda: [_letters(rng, 5, 12)],
+        lambda: [second + _letters(rng, 1, 4)],
+        lambda: [rng.choice((second, _letters(rng, 1, 4))) + _number(rng)],
+        lambda: [_letters(rng, 3, 8), _letters(rng, 3, 8)],
+    )
+    return rng.choice(makers)()
+
+
+def _letters(rng: random.Random, fewest: int, most: int) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(fewest, most)))
+
+
+def _distinct(
+    rng: random.Random, make: Callable[[random.Random], Words], count: int
+) -> list[Words]:
     keys: dict[tuple[str, ...], None] = {}
     while len(keys) < count:
-        keys[tuple(_key(rng))] = None
+        keys[tuple(make(rng))] = None
     return [list(key) for key in keys]
 
 
@@ -245,7 +282,7 @@ def _random_sentence(rng: random.Random) -> Words:
 def _spelled_sentence(rng: random.Random) -> Words:
     """With names and numbers that are not in the vocabulary."""
     words = _random_sentence(rng)
-    strange = rng.choice((_number(rng), "".join(rng.choices(string.ascii_lowercase, k=5))))
+    strange = rng.choice((_number(rng), _letters(rng, 3, 8)))
     words[rng.randrange(len(words) - 1)] = strange
     return words
 
@@ -256,6 +293,13 @@ def _manual() -> list[Words]:
     text = " ".join(" ".join(topics.values()).lower().split())
     parts = (re.findall(r"[a-z]+|[0-9]+|[,?()'-]", part) for part in text.split(". "))
     return [[*part, "."] for part in parts if 4 <= len(part) <= 24]
+
+
+@cache
+def _unknown_words() -> list[str]:
+    """Words of the manual that the vocabulary lacks."""
+    words = {word for sentence in _manual() for word in sentence}
+    return sorted(word for word in words if len(word) > 2 and word.isalpha() and word not in ID)
 
 
 def _prose(rng: random.Random) -> Words:

@@ -172,6 +172,22 @@ def test_a_table_goes_with_its_request(llada):
     assert not patterns_of(llada)
 
 
+@pytest.mark.parametrize(
+    ("extra", "tokens"), [({}, 58), ({"steps": 1}, 0), ({"use_sparsed": 0}, 0)], ids=str
+)
+def test_room_for_a_table_is_claimed_only_by_requests_that_record_one(llada, extra, tokens):
+    engine, scheduler = llada.llm_engine, scheduler_of(llada)
+    params = sampling({"use_sparsed": 1, **extra}, 8)
+    engine.add_request("0", {"prompt_token_ids": [1] * 50}, params)
+    before = scheduler._room().table_tokens
+    (claim,) = [scheduler._claim(request) for request in scheduler.waiting]
+    assert claim.table_tokens == tokens
+    while engine.has_unfinished_requests():
+        engine.step()
+        held = sum(request.num_tokens for request in scheduler.running) and tokens
+        assert scheduler._room().table_tokens == before - held
+
+
 def test_what_profiling_sets_aside_holds_the_tables_of_a_full_step(llada):
     state, engine = state_of(llada), llada.llm_engine
     extra = {"use_sparsed": 1, "sparsed_skip": 0, "sparsed_select": 1, "sparsed_block_size": 16}

@@ -22,7 +22,7 @@ from sparsed_vllm.admission import RequestReader
 from sparsed_vllm.attention import SparsedMetadataBuilder
 from sparsed_vllm.config import Sparsity
 from sparsed_vllm.denoising import Denoising
-from sparsed_vllm.pattern import Pattern
+from sparsed_vllm.pattern import Pattern, num_bytes_at_most
 from sparsed_vllm.phases import Phase
 from sparsed_vllm.recorded_tables import RecordedTables
 from sparsed_vllm.sampler import DenoisingSampler
@@ -188,9 +188,10 @@ class DenoisingModelState(ModelState):
         The scheduler admits no more tokens of sparse requests than a step has.
         """
         config = self.reader.sparse_config
-        ids = config.table_ids * self.max_num_tokens if config else 0
-        shape = (self._num_layers, self._num_heads, ids)
-        return torch.empty(shape, dtype=torch.int16, device=self.device)
+        sizes = (self.max_num_tokens, self.max_model_len)
+        each = num_bytes_at_most(*sizes, config.table_ids) if config else 0
+        shape = (self._num_layers, self._num_heads, each)
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     def _rows(self, turn: Turn) -> Tensor:
         """Rows of the hidden states that predict `turn.places`; padding reads one in its window."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsed_vllm.config import Sparsity
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype
+from sparsed_vllm.config import BLOCK_SIZES, Sparsity
+from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype, num_blocks
 
 
 class Pattern:
@@ -70,3 +70,14 @@ class Pattern:
     def num_bytes(self) -> int:
         """Device memory of the ids and their counts."""
         return self.kept.nbytes + self.num_kept.nbytes
+
+
+def num_bytes_at_most(num_tokens: int, longest: int, table_ids: int) -> int:
+    """What tables of `num_tokens` tokens can take for each layer and head: ids and counts.
+
+    longest: tokens of the longest request;  table_ids: as in SparseConfig
+    """
+    size = min(BLOCK_SIZES)  # the most rows, each with its count
+    id_bytes = id_dtype(num_blocks(longest, size)).itemsize
+    row_bytes = table_ids * size * id_bytes + torch.int32.itemsize
+    return num_blocks(num_tokens, size) * row_bytes

@@ -129,8 +129,8 @@ class DenoisingScheduler(Scheduler):
         return Room(budget, seats, free if self.running else math.inf, budget - tables)
 
     def _table_tokens(self, request: Request) -> int:
-        """The tokens whose key blocks its table lists."""
-        return request.num_tokens if self.progress[request].sparsity else 0
+        """The tokens whose key blocks its table lists; none if it ends before it records one."""
+        return request.num_tokens if self.progress[request].attention == "sparse" else 0
 
     @contextmanager
     def _showing(self, chosen: list[Request]) -> Iterator[None]:

@@ -71,9 +71,13 @@ def scheduler_of(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def patterns_of(llm):
+def state_of(llm):
     executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.model_state.patterns
+    return executor.driver_worker.worker.model_runner.model_state
+
+
+def patterns_of(llm):
+    return state_of(llm).patterns
 
 
 ORACLES = {
@@ -166,6 +170,37 @@ def test_a_table_goes_with_its_request(llada):
         engine.step()
     engine.step()
     assert not patterns_of(llada)
+
+
+@pytest.mark.parametrize(
+    ("extra", "tokens"), [({}, 58), ({"steps": 1}, 0), ({"use_sparsed": 0}, 0)], ids=str
+)
+def test_room_for_a_table_is_claimed_only_by_requests_that_record_one(llada, extra, tokens):
+    engine, scheduler = llada.llm_engine, scheduler_of(llada)
+    params = sampling({"use_sparsed": 1, **extra}, 8)
+    engine.add_request("0", {"prompt_token_ids": [1] * 50}, params)
+    before = scheduler._room().table_tokens
+    (claim,) = [scheduler._claim(request) for request in scheduler.waiting]
+    assert claim.table_tokens == tokens
+    while engine.has_unfinished_requests():
+        engine.step()
+        held = sum(request.num_tokens for request in scheduler.running) and tokens
+        assert scheduler._room().table_tokens == before - held
+
+
+def test_what_profiling_sets_aside_holds_the_tables_of_a_full_step(llada):
+    state, engine = state_of(llada), llada.llm_engine
+    extra = {"use_sparsed": 1, "sparsed_skip": 0, "sparsed_select": 1, "sparsed_block_size": 16}
+    count = state.max_num_tokens // 512
+    for i in range(count):
+        engine.add_request(str(i), {"prompt_token_ids": [i] * 496}, sampling(extra, 16))
+    for _ in range(2):
+        engine.step()
+    assert len(patterns_of(llada)) == count
+    taken = sum(pattern.num_bytes for pattern in patterns_of(llada).values())
+    assert 0 < taken <= state.largest_tables().nbytes
+    engine.abort_request([str(i) for i in range(count)])
+    engine.step()
 
 
 @pytest.mark.parametrize(("level", "steps_left"), [(0, 4), (1, 10), (2, 10)])

@@ -26,6 +26,7 @@ os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import torch
+from attention.timing import spread
 from generation.dummies import versions
 from needle import checkpoint
 from needle.batches import EOS_ID
@@ -97,7 +98,7 @@ def measure(
         **{"block_length": canvas, "steps": canvas, "threshold": None, "early_stop": 1},
         **way.request,
         "seconds": round(seconds, 3),
-        "spread": round(max(times) - min(times), 3),
+        "spread": round(spread(times), 3),
         "text_tokens": count,
         "tokens_per_second": round(count / seconds, 2),
         "steps_a_request": round((num_steps(llm) - before) / rounds / len(questions), 2),

@@ -14,22 +14,14 @@ together. On a CPU take --layers 1: all layers cost the same.
 """
 
 import argparse
-import json
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from attention.timing import spread
 from budget import Budget, note
-from generation.dummies import (
-    MODELS,
-    SELECT,
-    SKIP,
-    forget_peak,
-    peak_bytes,
-    start,
-    versions,
-)
+from generation.dummies import MODELS, forget_peak, print_line, start
 from generation.shares import profile_phases
 from generation.steps import Load, medians, project, time_phases, time_whole
 
@@ -47,37 +39,27 @@ class Bench:
         )
 
     def report(self, load: Load, phase: str, **rest: Any) -> None:
-        line = {
-            "bench": "generate",
-            "model": self.args.model,
-            **versions(),
-            "layers": self.args.layers,
+        common = {
             "engine": "compiled" if self.args.compiled else "eager",
-            "tokens": load.length,
-            "new_tokens": load.new_tokens,
-            "batch": load.batch,
-            "select": SELECT,
-            "skip": SKIP,
-            "block_size": load.block_size,
-            "phase": phase,
-            **rest,
-            "peak_bytes": peak_bytes(),
+            **load.sizes,
             "cache_bytes": self.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes,
+            "phase": phase,
         }
-        print(json.dumps(line), flush=True)
+        print_line("generate", self.args.model, self.args.layers, **common, **rest)
 
     def measure(self, load: Load) -> None:
         forget_peak()
-        seconds = time_phases(self.llm, load)
-        for phase, times in seconds.items():
-            numbers = {"spread": max(times) - min(times), "count": len(times)}
-            self.report(load, phase, seconds=medians(seconds)[phase], **numbers)
+        times = time_phases(self.llm, load)
+        seconds = medians(times)
+        for phase in times:
+            numbers = {"spread": spread(times[phase]), "count": len(times[phase])}
+            self.report(load, phase, seconds=seconds[phase], **numbers)
         for steps, mode in product(self.args.steps, MODES):
-            self.generation(load, mode, steps, medians(seconds))
+            self.generation(load, mode, steps, seconds)
         if self.args.profile and not torch.cuda.is_available():
             note("not profiled: shares are those of a GPU's time, and there is none here")
         elif self.args.profile:
-            for phase, shares in profile_phases(self.llm, load, medians(seconds)).items():
+            for phase, shares in profile_phases(self.llm, load, seconds).items():
                 self.report(load, phase, shares=shares)
 
     def generation(self, load: Load, mode: str, steps: int, phases: dict[str, float]) -> None:
@@ -103,11 +85,6 @@ def loads(args: argparse.Namespace) -> list[Load]:
         else:
             found.append(load)
     return found
-
-
-def work(load: Load) -> float:
-    """In the ratio of a dense step's time: attention takes as long as all else at 26600 tokens."""
-    return load.tokens * (load.length + 26600.0)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,7 +117,7 @@ def main() -> None:
     if planned:
         time_phases(bench.llm, planned[0])  # compiles every kernel
     for load in planned:
-        budget.run(str(load), work(load), partial(bench.measure, load))
+        budget.run(str(load), load.work, partial(bench.measure, load))
 
 
 if __name__ == "__main__":

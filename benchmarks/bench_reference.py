@@ -13,24 +13,23 @@ theirs records the pattern is not timed, and counts as a dense step.
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
+from attention.timing import spread
 from budget import Budget, note
 from generation.dummies import (  # puts examples/ on the path
     MODELS,
     SELECT,
-    SKIP,
     forget_peak,
-    peak_bytes,
-    versions,
+    print_line,
     wait,
 )
-from generation.steps import project
+from generation.steps import Load, project
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -107,45 +106,25 @@ def seconds(call: Callable[[], object], rounds: int) -> list[float]:
     return times
 
 
-def report(args: argparse.Namespace, length: int, phase: str, **rest: object) -> None:
-    line = {
-        "bench": "reference",
-        "model": "llada",
-        **versions(),
-        "layers": args.layers,
-        "tokens": length,
-        "new_tokens": NEW_TOKENS,
-        "batch": 1,
-        "select": SELECT,
-        "skip": SKIP,
-        "block_size": BLOCK,
-        "phase": phase,
-        **rest,
-        "peak_bytes": peak_bytes(),
-    }
-    print(json.dumps(line), flush=True)
-
-
-def measure(args: argparse.Namespace, network: Network, length: int, device: str) -> None:
+def measure(args: argparse.Namespace, network: Network, load: Load, device: str) -> None:
     """A line for each phase, and for each mode and T a line with what they add up to."""
-    tokens = torch.randint(1000, (1, length), device=device)
+    report = partial(print_line, "reference", "llada", args.layers, **load.sizes)
+    tokens = torch.randint(1000, (1, load.length), device=device)
     kinds = {
         "dense": dense_attention,
-        "sparse": sparse_attention(length, network.shape.n_heads, device),
+        "sparse": sparse_attention(load.length, network.shape.n_heads, device),
     }
-    medians = {}
+    step = {}
     for phase, attend in kinds.items():
         forget_peak()
         times = seconds(partial(denoise_once, network, tokens, attend), args.rounds)
-        medians[phase] = statistics.median(times)
-        numbers = {"seconds": medians[phase], "spread": max(times) - min(times)}
-        report(args, length, phase, **numbers, count=len(times))
-    medians["recording"] = medians["dense"]
-    for steps in args.steps:
-        for mode in kinds:
-            total = project(medians, steps, sparse=mode == "sparse")
-            numbers = {"seconds": total, "tokens_per_second": NEW_TOKENS / total}
-            report(args, length, "generation", mode=mode, steps=steps, **numbers, projected=True)
+        step[phase] = statistics.median(times)
+        report(phase=phase, seconds=step[phase], spread=spread(times), count=len(times))
+    step["recording"] = step["dense"]
+    for steps, mode in product(args.steps, kinds):
+        total = project(step, steps, sparse=mode == "sparse")
+        numbers = {"seconds": total, "tokens_per_second": NEW_TOKENS / total}
+        report(phase="generation", mode=mode, steps=steps, **numbers, projected=True)
     gc.collect()
 
 
@@ -179,9 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network, budget = build(args.layers, device), Budget(args.budget)
-    for length in args.lengths:
-        call = partial(guarded, partial(measure, args, network, length, device), length)
-        budget.run(f"{length} tokens", length * (length + 26600.0), call)
+    for load in (Load(length, NEW_TOKENS, block_size=BLOCK) for length in args.lengths):
+        call = partial(guarded, partial(measure, args, network, load, device), load.length)
+        budget.run(f"{load.length} tokens", load.work, call)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ before and after, by the seconds that a step takes.
 """
 
 import argparse
-import json
 import time
 
-from generation.dummies import MODELS, forget_peak, peak_bytes, request, start, versions
+from generation.dummies import MODELS, forget_peak, print_line, request, start
 from generation.gemms import seconds_of_gemms
 from vllm import LLM
 
@@ -69,25 +68,22 @@ def main(argv: list[str] | None = None) -> None:
     before = seconds_of_gemms(llm, tokens, rows)
     seconds = run(llm, args)
     gemms = (before + seconds_of_gemms(llm, tokens, rows)) / 2
-    line = {
-        "bench": "throughput",
-        "model": args.model,
-        **versions(),
-        "layers": args.layers,
-        "engine": "compiled" if args.compiled else "eager",
-        "async_scheduling": not args.no_async_scheduling,
-        "requests": args.requests,
-        "tokens": length,
-        "new_tokens": args.new_tokens,
-        "steps": args.steps,
-        "seconds": seconds,
-        "seconds_a_step": seconds / args.steps,
-        "gemm_seconds_a_step": gemms,
-        "gemm_share": gemms * args.steps / seconds,
-        "tokens_per_second": args.requests * args.new_tokens / seconds,
-        "peak_bytes": peak_bytes(),
-    }
-    print(json.dumps(line), flush=True)
+    print_line(
+        "throughput",
+        args.model,
+        args.layers,
+        engine="compiled" if args.compiled else "eager",
+        async_scheduling=not args.no_async_scheduling,
+        requests=args.requests,
+        tokens=length,
+        new_tokens=args.new_tokens,
+        steps=args.steps,
+        seconds=seconds,
+        seconds_a_step=seconds / args.steps,
+        gemm_seconds_a_step=gemms,
+        gemm_share=gemms * args.steps / seconds,
+        tokens_per_second=args.requests * args.new_tokens / seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -12,23 +12,22 @@ this prints.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 WORTH = 1.1  # seconds of a dense step by those of a sparse one
-RESULTS = [Path(__file__).parent / "results" / name for name in ("steps.jsonl", "generate.jsonl")]
+RESULTS = Path(__file__).parent / "results" / "generate.jsonl"
 PHASES = ("dense", "sparse")
 
 Steps = dict[int, dict[str, float]]  # tokens -> phase -> seconds
 
 
-def read(paths: Iterable[Path] = tuple(RESULTS)) -> dict[tuple[str, str], Steps]:
+def read(path: Path = RESULTS) -> dict[tuple[str, str], Steps]:
     """Single requests' eager steps on each device and model; of repeated measurements the last."""
     steps: dict[tuple[str, str], Steps] = defaultdict(lambda: defaultdict(dict))
-    for line in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
-        is_eager = line.get("engine", "eager") == "eager"
-        if is_eager and line["batch"] == 1 and line["phase"] in PHASES and "seconds" in line:
+    for line in map(json.loads, path.read_text().splitlines()):
+        is_single = line["engine"] == "eager" and line["batch"] == 1
+        if is_single and line["phase"] in PHASES and "seconds" in line:
             steps[line["device"], line["model"]][line["tokens"]][line["phase"]] = line["seconds"]
     return steps
 

@@ -2,8 +2,12 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Draws what bench_attention.py printed, a panel for each shape: TFLOP/s over tokens.
 
-pip install matplotlib
-python benchmarks/plot_attention.py benchmarks/results/attention.jsonl attention.png
+    pip install matplotlib
+    cd benchmarks/results
+    python ../plot_attention.py attention_{pair,sweep}.jsonl attention.jsonl ../../docs/layer.png
+
+Solid: ours. Dashed: others over lists. Dotted: over all keys. Of lines that say the same, the last
+counts.
 """
 
 import argparse
@@ -11,53 +15,55 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import figures
+
+APART = {"block_scores"}  # has a rate, but is no attention
 Curves = dict[str, dict[str, dict[int, float]]]
 
 
 def curves_of(lines: list[dict], density: float, lists: str) -> Curves:
-    """shape -> kernel -> tokens -> TFLOP/s; of lines that say the same, the last counts."""
+    """shape -> kernel -> tokens -> TFLOP/s"""
     curves: Curves = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         wanted = line.get("asked") == density and line.get("lists") == lists
-        if wanted and line["tflops"]:
+        if wanted and line["tflops"] and line["kernel"] not in APART:
             curves[line["shape"]][line["kernel"]][line["tokens"]] = line["tflops"]
     return curves
 
 
+def line_of(kernel: str) -> str:
+    if kernel.startswith("ours"):
+        return "-"
+    return ":" if kernel.endswith("_dense") or kernel == "fa3_tiles128" else "--"
+
+
 def draw(curves: Curves, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, len(curves), figsize=(6 * len(curves), 5), sharey=True, squeeze=False
-    )
+    figure, panels = figures.subplots(len(curves), figsize=(3.4 * len(curves) + 2, 5), sharey=True)
+    names = sorted({kernel for kernels in curves.values() for kernel in kernels})
     for panel, (shape, kernels) in zip(panels[0], curves.items(), strict=True):
         for kernel, points in kernels.items():
-            style = "o-" if kernel.startswith("ours") else "s--"
-            panel.plot(*zip(*sorted(points.items()), strict=True), style, label=kernel)
-        panel.set(title=shape, xlabel="tokens", ylim=(0, None))
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
+            figures.draw_curve(panel, points, kernel, line_of(kernel), names.index(kernel))
+        figures.finish_panel(panel, title=shape, ylim=(0, None))
     panels[0][0].set_ylabel("TFLOP/s of kept blocks")
-    panels[0][-1].legend()
+    fullest = max(panels[0], key=lambda panel: len(panel.lines))
+    figure.legend(*fullest.get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("image", type=Path)
     parser.add_argument("--density", type=float, default=0.3)
     parser.add_argument("--lists", default="random")
     args = parser.parse_args()
-    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+    lines = [json.loads(line) for path in args.results for line in path.read_text().splitlines()]
     curves = curves_of(lines, args.density, args.lists)
     if not curves:
-        parser.error(f"{args.results} holds no line for {args.lists} lists at {args.density}")
+        parser.error(f"no line is of {args.lists} lists at {args.density}")
     device = next(line["device"] for line in lines)
     draw(curves, f"{device}, {args.density:.0%} of the blocks, {args.lists} lists", args.image)
 

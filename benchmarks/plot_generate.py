@@ -3,7 +3,8 @@
 """Draws seconds a generation over the context's length, as SparseD's figure 4, with its numbers.
 
     pip install matplotlib
-    python benchmarks/plot_generate.py benchmarks/results/generate.jsonl docs/latency.png
+    cd benchmarks/results
+    python ../plot_generate.py generate.jsonl reference.jsonl ../../docs/latency.png
 
 Lines of bench_generate.py and bench_reference.py; of those that say the same, the last counts.
 """
@@ -12,6 +13,8 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+
+import figures
 
 PAPER = {  # arXiv 2509.24014, figure 4: LLaDA-1.5, T = 128, on an A800; thousands of tokens
     "dense": {4: 38.0, 16: 245.0, 32: 690.0, 64: 2127.0},
@@ -43,22 +46,13 @@ def short_name(device: str) -> str:
 
 
 def draw(curves: Curves, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(6, 4.5))
-    for label, points in curves.items():
-        style = "o-" if label.startswith("ours") else "s--"
-        panel.plot(*zip(*sorted(points.items()), strict=True), style, label=label)
-    panel.set(xlabel="tokens", ylabel="seconds a generation", title=title)
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
-    panel.grid(alpha=0.3)
+    figure, ((panel,),) = figures.subplots(figsize=(6, 4.5))
+    for number, (label, points) in enumerate(curves.items()):
+        line = "-" if label.startswith("ours") else "--"
+        figures.draw_curve(panel, points, label, line, number)
+    figures.finish_panel(panel, ylabel="seconds a generation", title=title, yscale="log")
     panel.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path)
 
 
 def main() -> None:

@@ -2,9 +2,21 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """All patches in force. `python -m sparsed_vllm.patches.inventory` prints them for the README."""
 
-from sparsed_vllm.patches import default_length, denoising_metrics, request_check
+from sparsed_vllm.patches import (
+    default_length,
+    denoising_metrics,
+    draining,
+    early_refusal,
+    request_check,
+)
 
-PATCHES = (request_check.PATCH, denoising_metrics.PATCH, default_length.PATCH)
+PATCHES = (
+    request_check.PATCH,
+    early_refusal.PATCH,
+    draining.PATCH,
+    denoising_metrics.PATCH,
+    default_length.PATCH,
+)
 
 
 def as_table() -> str:

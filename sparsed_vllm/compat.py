@@ -30,6 +30,10 @@ SEAMS = {
     ),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("request", "delay_free_blocks"),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": None,
+    "vllm.v1.engine.async_llm:AsyncLLM.check_admission": ("n", "request_id"),
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": None,
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown": None,
+    "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": ("e",),
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": None,
 }
 """Private or young parts of vLLM: what each is, and the parameters it is called with.

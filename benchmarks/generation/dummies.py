@@ -102,6 +102,12 @@ def peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
+def print_line(bench: str, model: str, num_layers: int | None, **rest: Any) -> None:
+    """What was measured where, what is `rest`, and the most memory that it took."""
+    line = {"bench": bench, "model": model, **versions(), "layers": num_layers, **rest}
+    print(json.dumps({**line, "peak_bytes": peak_bytes()}), flush=True)
+
+
 def versions() -> dict[str, str]:
     """What every line says of where it was measured."""
     return {

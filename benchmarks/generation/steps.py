@@ -6,10 +6,11 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from vllm import LLM
 
-from generation.dummies import SKIP, request
+from generation.dummies import SELECT, SKIP, request
 from sparsed_vllm.phases import phase_of
 
 SHORT = {16384: 12, 1 << 62: 7}
@@ -33,6 +34,23 @@ class Load:
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What lines say of it."""
+        return {
+            "tokens": self.length,
+            "new_tokens": self.new_tokens,
+            "batch": self.batch,
+            "select": SELECT,
+            "skip": SKIP,
+            "block_size": self.block_size,
+        }
+
+    @property
+    def work(self) -> float:
+        """In the ratio of a dense step's time: attention takes as long as all else at 26600."""
+        return self.tokens * (self.length + 26600.0)
 
     @property
     def short(self) -> int:

@@ -4,6 +4,7 @@
 
 from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.quantization import QuantizationConfigArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -124,6 +125,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             _lacks_kernel(model),
             "vLLM's CPU build cannot scale by tensor; use fp8_per_channel",
         ),
+        f"--quantization {model.quantization}": (
+            _quantizes_experts_only(model),
+            "it quantizes experts, which they have none of; use fp8_per_channel",
+        ),
         "--return-sampling-mask": (
             model.return_sampling_mask,
             "a place is filled from all tokens; leave it out",
@@ -139,6 +144,14 @@ def _lacks_kernel(model: ModelConfig) -> bool:
     is_online = getattr(model.hf_config, "quantization_config", None) is None
     scales_by_tensor = model.quantization in ("fp8", "fp8_per_tensor")
     return current_platform.is_cpu() and is_online and scales_by_tensor
+
+
+def _quantizes_experts_only(model: ModelConfig) -> bool:
+    """Whether a scheme for a mixture of experts would leave all weights as they are."""
+    asked = model.quantization_config
+    if not isinstance(asked, QuantizationConfigArgs):
+        return False
+    return asked.moe is not None and asked.linear is None and not asked.targets
 
 
 def _schedule_whole_sequences(scheduler: SchedulerConfig, model: ModelConfig) -> None:

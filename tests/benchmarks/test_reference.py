@@ -7,6 +7,7 @@ import json
 import bench_reference
 import pytest
 import torch
+from generation.steps import Load
 from needle.network import Network, Shape, full_attention
 
 SHAPE = Shape(vocab_size=1000, n_layers=2, n_heads=2, d_model=64, mlp_hidden_size=64)
@@ -38,7 +39,7 @@ def test_sparse_steps_list_a_share_of_the_blocks(network, tokens):
 
 def test_lines_hold_the_steps_and_what_they_add_up_to(network, monkeypatch, capsys):
     args = bench_reference.parse(["--lengths", "256", "--steps", "10", "--rounds", "1"])
-    bench_reference.measure(args, network, 256, "cpu")
+    bench_reference.measure(args, network, Load(256, 128), "cpu")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = {line["phase"]: line["seconds"] for line in lines[:2]}
     dense, sparse = lines[2:]

@@ -57,7 +57,7 @@ def test_a_dream_that_predicts_its_mask_fills_every_place_all_the_same(tmp_path)
     [
         {"load_format": "dummy"},
         {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "quantization": "int8_per_channel_weight_only"},
+        {"dtype": "bfloat16", "quantization": "fp8_per_channel"},
     ],
     ids=str,
 )

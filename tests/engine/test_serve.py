@@ -5,6 +5,7 @@
 import asyncio
 import json
 import re
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -276,10 +277,12 @@ def test_the_prompt_is_echoed_in_front_of_the_answer(client):
 )
 def test_bad_requests_are_answered_with_400_and_the_field(client, request_body, field):
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 8, **request_body}
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(**body)
-    assert refused.value.status_code == 400
-    assert field in refused.value.body["message"]
+    streams = [{}] if "use_beam_search" in str(request_body) else [{}, {"stream": True}]
+    for stream in streams:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(**body, **stream)
+        assert refused.value.status_code == 400
+        assert field in refused.value.body["message"]
     assert complete(client, "hello").choices[0].finish_reason == "length"
 
 
@@ -407,6 +410,10 @@ def test_sigterm_lets_requests_end_that_have_begun(server):
     ]
     firsts = [next(stream) for stream in streams]
     process.terminate()
+    time.sleep(0.2)
+    with pytest.raises(openai.InternalServerError, match="shutting down") as late:
+        client.completions.create(model="tiny", prompt="hello", max_tokens=8)
+    assert late.value.status_code == 503
     for first, stream in zip(firsts, streams, strict=True):
         chunks = [first, *stream]
         assert sum(len(chunk.choices[0].token_ids) for chunk in chunks) == 200

@@ -158,6 +158,13 @@ def test_a_user_s_own_scheduler_is_replaced_and_the_log_says_so(tmp_path, caplog
     assert "replaces the scheduler some.Scheduler" in caplog.text
 
 
+@pytest.mark.parametrize("scheme", ["int8_per_channel_weight_only", "nvfp4_per_token"])
+def test_schemes_that_would_quantize_nothing_are_refused_by_name(tmp_path, scheme):
+    with pytest.raises(ValueError, match=f"--quantization {scheme}"):
+        args = {"dtype": "bfloat16", "quantization": scheme}
+        EngineArgs(str(write_llada(tmp_path)), **args).create_engine_config()
+
+
 def test_the_v1_runner_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", False, raising=False)
     with pytest.raises(ValueError, match="V1 model runner"):

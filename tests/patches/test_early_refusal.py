@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""A bad request is refused when its generator is asked for, not when it is first read."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sparsed_vllm.patches.early_refusal import PATCH
+
+PROMPT = {"type": "token", "prompt_token_ids": [1]}
+
+
+def generate(architecture, prompt, refuse):
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(architecture=architecture),
+        input_processor=SimpleNamespace(process_inputs=refuse),
+    )
+    given = PATCH.wrap(lambda *args, **kwargs: (args, kwargs))
+    return given(engine, prompt, "params", "id", priority=1)[1]
+
+
+def refuse(*args, **kwargs):
+    raise ValueError("bad request")
+
+
+def test_our_models_check_at_once():
+    with pytest.raises(ValueError, match="bad request"):
+        generate("LLaDAModelLM", PROMPT, refuse)
+    assert generate("LLaDAModelLM", PROMPT, lambda *_, **__: None) == {"priority": 1}
+
+
+def test_other_models_and_prompts_that_are_not_tokenized_yet_wait():
+    assert generate("LlamaForCausalLM", PROMPT, refuse) == {"priority": 1}
+    assert generate("LLaDAModelLM", "hello", refuse) == {"priority": 1}

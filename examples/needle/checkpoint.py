@@ -30,7 +30,8 @@ def save(network: Network, folder: Path) -> None:
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
     checkpoints.write_json(folder / "config.json", config(network.shape))
     checkpoints.write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
-    checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, unk_token=UNKNOWN)
+    named = {"unk_token": UNKNOWN, "mask_token": MASK}
+    checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, **named)
 
 
 def load(folder: Path) -> Network:

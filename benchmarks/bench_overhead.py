@@ -11,6 +11,7 @@ to that of the next, and `outside`, the share of them that comes after the step'
 
 import argparse
 import json
+from typing import Any
 
 import torch
 from generation.dummies import MODELS, start, versions
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("bench_overhead.py needs a GPU: its clock is what measures.")
     longest = max(args.lengths)
     is_async = not args.no_async_scheduling
-    options = {"enforce_eager": not args.compiled, "async_scheduling": is_async}
+    options: dict[str, Any] = {"enforce_eager": not args.compiled, "async_scheduling": is_async}
+    if args.compiled:
+        # As with vLLM's own number of seats; with few it captures graphs for fewer tokens.
+        options["compilation_config"] = {"max_cudagraph_capture_size": 512}
     llm = start(args.model, args.layers, longest, args.batch * longest, args.batch, **options)
     outside_model(llm, Load(min(args.lengths), args.new_tokens, args.batch))  # compiles kernels
     for length in args.lengths:

@@ -29,6 +29,7 @@ __all__ = [
     "block_scores",
     "block_sparse_attention",
     "choose_tokens",
+    "compile_selection",
     "dense_attention",
     "id_dtype",
     "most_kept",
@@ -77,6 +78,14 @@ def select_blocks(
     assert scores.shape == gen_scores.shape == shape
     _check_table(blocks, scores.shape[0], kept, num_kept, rows)
     _for(scores, "select_blocks")(scores, gen_scores, blocks, kept, num_kept, rows)
+
+
+def compile_selection(
+    key_blocks: int, num_heads: int, ids: torch.dtype, device: torch.device
+) -> None:
+    """Compile select_blocks for sequences of up to `key_blocks`; ids: the type of the table."""
+    if device.type == "cuda":
+        _triton("compile_up_to", "select_blocks")(key_blocks, num_heads, ids, device)
 
 
 def block_sparse_attention(

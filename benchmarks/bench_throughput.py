@@ -5,16 +5,13 @@
     python benchmarks/bench_throughput.py >> benchmarks/results/throughput.jsonl
 
 `gemm_share`: seconds that a step's matrix products take by themselves, measured in the same run
-before and after, by the seconds that a step takes. `gap_seconds_a_step`: how long the device waits
-between two steps, and prepares inputs; a single request (`--requests 1`) shows what the engine
-costs.
+before and after, by the seconds that a step takes.
 """
 
 import argparse
 import time
 
-from generation.dummies import MODELS, forget_peak, print_line, request, start, wait
-from generation.gaps import watched
+from generation.dummies import MODELS, forget_peak, print_line, request, start
 from generation.gemms import seconds_of_gemms
 from vllm import LLM
 
@@ -69,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     run(llm, argparse.Namespace(**{**vars(args), "steps": 2}))  # compiles every kernel
     forget_peak()
     before = seconds_of_gemms(llm, tokens, rows)
-    with watched(llm) as gaps:
-        seconds = run(llm, args)
-    wait()
+    seconds = run(llm, args)
     gemms = (before + seconds_of_gemms(llm, tokens, rows)) / 2
     print_line(
         "throughput",
@@ -87,7 +82,6 @@ def main(argv: list[str] | None = None) -> None:
         seconds_a_step=seconds / args.steps,
         gemm_seconds_a_step=gemms,
         gemm_share=gemms * args.steps / seconds,
-        gap_seconds_a_step=gaps and gaps.seconds(),
         tokens_per_second=args.requests * args.new_tokens / seconds,
     )
 

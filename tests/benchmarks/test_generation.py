@@ -9,7 +9,6 @@ import bench_generate
 import bench_throughput
 import pytest
 from generation.dummies import MODELS, cache_bytes
-from generation.gaps import Gaps
 from generation.gemms import seconds_of_gemms
 from generation.shares import micros_of, outside_model, shares, trace_step
 from generation.steps import Load, project
@@ -103,24 +102,6 @@ def test_pages_of_a_token_are_those_of_docs_capacity():
 def test_a_step_has_half_of_the_places_open_on_average():
     assert bench_throughput.open_rows(64, 128, 128) == round(64 * 129 / 2)
     assert bench_throughput.open_rows(64, 128, 1) == 64 * 128
-
-
-class Event:
-    clock = iter([10, 30, 35, 60, 75, 90])  # milliseconds
-
-    def record(self):
-        self.time = next(self.clock)
-
-    def elapsed_time(self, later):
-        return later.time - self.time
-
-
-def test_a_gap_is_from_the_end_of_a_step_to_the_begin_of_the_next():
-    gaps = Gaps(Event)
-    for _ in range(3):
-        gaps.mark(gaps.begins)
-        gaps.mark(gaps.ends)
-    assert gaps.seconds() == pytest.approx((5 + 15) / 2 / 1e3)
 
 
 def test_a_text_ends_before_its_end_token():

@@ -19,7 +19,7 @@ from kernel_cases import (
 from torch.nn.functional import pad
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.block_scores import block_scores
+from sparsed_vllm.kernels.block_scores import block_scores, score_generation
 
 IMPLEMENTATIONS = {"kernel": (block_scores, DEVICE), "twin": (reference.block_scores, "cpu")}
 
@@ -48,10 +48,10 @@ def exact_scores(batch):
     return scores
 
 
-def check(batch, with_lse=False):
+def check(batch, with_lse=False, score=block_scores):
     lse = exact_attention(batch)[1].float() if with_lse else None
     for actual, exact, twin in zip(
-        run(batch, lse),
+        run(batch, lse, score),
         exact_scores(batch),
         run(batch, lse, reference.block_scores, "cpu"),
         strict=True,
@@ -77,6 +77,24 @@ def test_blocks_of_128_equal_float64_within_rounding(with_lse):
         make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=torch.bfloat16),
         with_lse,
     )
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_generations_are_scored_beside_finished_prompts(block_size):
+    """As after the kernel for Hopper, which leaves prompts' blocks unscaled."""
+    batch = make_batch([(300, 200), (1, 0), (127, 100)], block_size)
+    lse = exact_attention(batch)[1].float().to(DEVICE)
+    expected = run(batch, lse)
+    scores, gen_scores = (x.clone() for x in expected)
+    for _, places in batch.blocks.by_span():
+        first = int(batch.blocks.first_gens[places.start])
+        scores[:, places, :first] *= 0.999
+        scores[:, places, first:] = float("-inf")
+    gen_scores.fill_(float("-inf"))
+    batch = batch.to(DEVICE)
+    score_generation(batch.q, batch.k, lse, batch.blocks, scores, gen_scores, batch.scale)
+    assert torch.equal(gen_scores, expected[1])
+    torch.testing.assert_close(scores, expected[0], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1)])

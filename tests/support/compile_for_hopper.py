@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Compiles the kernels for Hopper on a machine without a GPU, and prints their PTX. Run by a test."""
+"""Compiles the kernels for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
 
 import torch
 from kernel_cases import Table, make_batch

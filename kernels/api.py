@@ -62,7 +62,9 @@ def block_scores(
         assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
     shape = (q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
     assert out is None or out[0].shape == out[1].shape == shape
-    return _for(q, "block_scores")(q, k, lse, blocks, scale=scale, out=out)
+    aligned = _is_aligned(q) and _is_aligned(k)
+    score = _scores_kernel(q.device, q.dtype, blocks.block_size, q.shape[2], aligned)
+    return score(q, k, lse, blocks, scale=scale, out=out)
 
 
 def select_blocks(
@@ -164,6 +166,17 @@ def _sparse_kernel(
         return _triton("block_sparse_attention", "hopper")
     logger.info("Sparse attention runs our plain Triton kernel, not Hopper's: %s.", obstacle)
     return _triton("block_sparse_attention")
+
+
+@cache
+def _scores_kernel(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+) -> Callable[..., Any]:
+    """What scores blocks, under the same conditions; _sparse_kernel logs them."""
+    if device.type != "cuda":
+        return reference.block_scores
+    obstacle = _hopper_obstacle(device, dtype, block_size, head_dim, aligned)
+    return _triton("block_scores", None if obstacle else "hopper_scores")
 
 
 def _hopper_obstacle(

@@ -9,7 +9,9 @@ phase cost the same. So a short request is timed step by step, which gives a lin
 and a line for each mode and T of `--steps` adds the phases' medians up ("projected": true).
 `--whole` runs each of these to its end as well. `--profile` adds, for a step of each phase, shares
 of its time: attention, linears, the rest of the model, head, sampler, scheduler, and the time in
-which the GPU waits; `overhead` is all but the model's kernels. `tokens` are prompt and canvas
+which the GPU waits; `overhead` is all but the model's kernels. They are of a step under the
+profiler, which slows the host; `outside` is the share outside of the model and its head in steps
+that are not traced. `tokens` are prompt and canvas
 together. On a CPU take --layers 1: all layers cost the same.
 """
 
@@ -59,7 +61,7 @@ class Bench:
         if self.args.profile and not torch.cuda.is_available():
             note("not profiled: shares are those of a GPU's time, and there is none here")
         elif self.args.profile:
-            for phase, shares in profile_phases(self.llm, load, seconds).items():
+            for phase, shares in profile_phases(self.llm, load).items():
                 self.report(load, phase, shares=shares)
 
     def generation(self, load: Load, mode: str, steps: int, phases: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ def subplots(columns: int = 1, **options: Any) -> tuple[Any, Any]:
     matplotlib.use("Agg")  # no display is needed
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, columns, squeeze=False, **options)
+    return pyplot.subplots(1, columns, squeeze=False, layout="constrained", **options)
 
 
 def draw_curve(panel: Any, points: dict[int, float], label: str, line: str, number: int) -> None:
@@ -33,5 +33,4 @@ def finish_panel(panel: Any, **options: Any) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -32,6 +32,7 @@ def curves_of(lines: list[dict], model: str, steps: int) -> Curves:
             curves[f"paper, A800: {mode}"] = {1024 * n: seconds for n, seconds in points.items()}
     for line in lines:
         same = (line["model"], line.get("steps"), line["batch"]) == (model, steps, 1)
+        same = same and line.get("engine", "eager") == "eager"
         if same and line["phase"] == "generation" and line["new_tokens"] == 128:
             who = "authors' path" if line["bench"] == "reference" else "ours"
             label = f"{who}, {short_name(line['device'])}: {line['mode']}"

@@ -29,6 +29,7 @@ __all__ = [
     "block_scores",
     "block_sparse_attention",
     "choose_tokens",
+    "compile_selection",
     "dense_attention",
     "id_dtype",
     "most_kept",
@@ -61,7 +62,9 @@ def block_scores(
         assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
     shape = (q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
     assert out is None or out[0].shape == out[1].shape == shape
-    return _for(q, "block_scores")(q, k, lse, blocks, scale=scale, out=out)
+    aligned = _is_aligned(q) and _is_aligned(k)
+    score = _scores_kernel(q.device, q.dtype, blocks.block_size, q.shape[2], aligned)
+    return score(q, k, lse, blocks, scale=scale, out=out)
 
 
 def select_blocks(
@@ -77,6 +80,14 @@ def select_blocks(
     assert scores.shape == gen_scores.shape == shape
     _check_table(blocks, scores.shape[0], kept, num_kept, rows)
     _for(scores, "select_blocks")(scores, gen_scores, blocks, kept, num_kept, rows)
+
+
+def compile_selection(
+    key_blocks: int, num_heads: int, ids: torch.dtype, device: torch.device
+) -> None:
+    """Compile select_blocks for sequences of up to `key_blocks`; ids: the type of the table."""
+    if device.type == "cuda":
+        _triton("compile_up_to", "select_blocks")(key_blocks, num_heads, ids, device)
 
 
 def block_sparse_attention(
@@ -155,6 +166,17 @@ def _sparse_kernel(
         return _triton("block_sparse_attention", "hopper")
     logger.info("Sparse attention runs our plain Triton kernel, not Hopper's: %s.", obstacle)
     return _triton("block_sparse_attention")
+
+
+@cache
+def _scores_kernel(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+) -> Callable[..., Any]:
+    """What scores blocks, under the same conditions; _sparse_kernel logs them."""
+    if device.type != "cuda":
+        return reference.block_scores
+    obstacle = _hopper_obstacle(device, dtype, block_size, head_dim, aligned)
+    return _triton("block_scores", None if obstacle else "hopper_scores")
 
 
 def _hopper_obstacle(

@@ -34,6 +34,34 @@ def block_scores(
     assert scores.stride() == gen_scores.stride() and scores.stride(2) == 1
     scores.fill_(float("-inf"))
     gen_scores.fill_(float("-inf"))
+    _launch(q, k, lse, blocks, scores, gen_scores, scale, with_prompt=True)
+    return scores, gen_scores
+
+
+def score_generation(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    blocks: QueryBlocks,
+    scores: Tensor,
+    gen_scores: Tensor,
+    scale: float,
+) -> None:
+    """What is left of block_scores when the prompts' blocks have been scored."""
+    _launch(q, k, lse, blocks, scores, gen_scores, scale, with_prompt=False)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    blocks: QueryBlocks,
+    scores: Tensor,
+    gen_scores: Tensor,
+    scale: float,
+    *,
+    with_prompt: bool,
+) -> None:
     if blocks.num_blocks:
         _block_scores_kernel[(blocks.num_blocks, q.shape[1])](
             *(q, k, lse, scores, gen_scores),
@@ -43,10 +71,10 @@ def block_scores(
             GROUP=q.shape[1] // k.shape[1],
             BLOCK=blocks.block_size,
             HAS_LSE=lse is not None,
+            WITH_PROMPT=with_prompt,
             **head_options(q),
             **_options(blocks.block_size, q),
         )
-    return scores, gen_scores
 
 
 def _options(block_size: int, q: Tensor) -> dict[str, int]:
@@ -89,6 +117,7 @@ def _block_scores_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    WITH_PROMPT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
@@ -125,13 +154,14 @@ def _block_scores_kernel(
     lse = tl.where(rows < length, lse, float("inf"))
     gen_lse = tl.where(rows < length, gen_lse, float("inf"))
 
-    whole = first // KEYS * KEYS
-    for at in tl.range(0, whole, KEYS):
-        logits = _logits(q, k_base, at, first, stride_kt, HEAD_DIM, DIM, KEYS, False)
-        _store_means(scores, logits, lse, at, first, scale_log2, BLOCK, KEYS)
-    if whole < first:
-        logits = _logits(q, k_base, whole, first, stride_kt, HEAD_DIM, DIM, KEYS, True)
-        _store_means(scores, logits, lse, whole, first, scale_log2, BLOCK, KEYS)
+    if WITH_PROMPT:
+        whole = first // KEYS * KEYS
+        for at in tl.range(0, whole, KEYS):
+            logits = _logits(q, k_base, at, first, stride_kt, HEAD_DIM, DIM, KEYS, False)
+            _store_means(scores, logits, lse, at, first, scale_log2, BLOCK, KEYS)
+        if whole < first:
+            logits = _logits(q, k_base, whole, first, stride_kt, HEAD_DIM, DIM, KEYS, True)
+            _store_means(scores, logits, lse, whole, first, scale_log2, BLOCK, KEYS)
     for at in tl.range(first, length, KEYS):
         logits = _logits(q, k_base, at, length, stride_kt, HEAD_DIM, DIM, KEYS, True)
         _store_means(scores, logits, lse, at, length, scale_log2, BLOCK, KEYS)

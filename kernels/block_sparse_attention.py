@@ -60,7 +60,8 @@ def block_sparse_attention(
     do_not_specialize=[
         *("num_rows", "stride_kept_row", "stride_kept_head"),
         *("stride_num_row", "stride_num_head"),
-    ]
+    ],
+    do_not_specialize_on_alignment=["kept_ptr", "num_kept_ptr"],  # a layer's part of a table
 )
 def _block_sparse_attention_kernel(
     q_ptr,

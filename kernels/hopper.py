@@ -16,15 +16,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsed_vllm.kernels.layout import QueryBlocks
 from sparsed_vllm.kernels.reference import empty_attention
+from sparsed_vllm.kernels.rings import fill, filled, make_ring, release, store, tiles_of
 
 BLOCK = gl.constexpr(128)  # queries of a tile, keys of a step
 ROWS = gl.constexpr(64)  # queries of a consumer
@@ -33,11 +32,6 @@ REGISTERS = gl.constexpr(240)  # of a consumer's thread
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # where a running maximum begins
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = 1.4426950408889634
-
-# Triton 3.8 renamed them, 3.9 dropped the older names.
-_has_new_names = hasattr(tma, "async_load")
-_load = tma.async_load if _has_new_names else tma.async_copy_global_to_shared
-_store = tma.async_store if _has_new_names else tma.async_copy_shared_to_global
 
 
 def block_sparse_attention(
@@ -85,7 +79,7 @@ def _attend_in_sequence(
     """
     num_tiles = rows.shape[0] * q.shape[1]
     _block_sparse_attention_kernel[(min(num_tiles, _num_multiprocessors(q.device)),)](
-        *(_tiles_of(x, rows) for x, rows in ((q, ROWS), (k, BLOCK), (v, BLOCK), (out, ROWS))),
+        *(tiles_of(x, rows) for x, rows in ((q, ROWS), (k, BLOCK), (v, BLOCK), (out, ROWS))),
         *(lse, kept, num_kept, rows),
         *(k.shape[0], rows.shape[0], num_tiles, scale * LOG2_E),
         *(x.stride(1) for x in (q, k, v, out)),
@@ -99,21 +93,6 @@ def _attend_in_sequence(
 @cache
 def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tiles_of(x: Tensor, rows: gl.constexpr) -> TensorDescriptor:
-    """Of `rows` tokens of one head, out of x [tokens, heads, head_dim] as [tokens, columns]."""
-    tokens, heads, head_dim = x.shape
-    shape = [tokens, (heads - 1) * x.stride(1) + head_dim]
-    tile = (rows.value, head_dim)
-    return TensorDescriptor(x, shape, [x.stride(0), 1], list(tile), _layout(tile, x.dtype))
-
-
-@cache
-def _layout(tile: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a tile in shared memory; to find it takes Triton as long as the rest of a launch."""
-    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for(list(tile), kind)
 
 
 # Nothing depends on what divides these, and each would be compiled for anew.
@@ -157,9 +136,9 @@ def _block_sparse_attention_kernel(
     The tiles of a head are taken together: with ascending lists they sweep its keys in step, and
     find most of them in the cache.
     """
-    q_ring = _ring(2 * STAGES, q_tiles, 1)
-    k_ring = _ring(STAGES, k_tiles, 2)
-    v_ring = _ring(STAGES, v_tiles, 2)
+    q_ring = make_ring(2 * STAGES, q_tiles, 1)
+    k_ring = make_ring(STAGES, k_tiles, 2)
+    v_ring = make_ring(STAGES, v_tiles, 2)
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
     lists = (kept_ptr, num_kept_ptr, rows_ptr, kept_row, kept_head, num_row, num_head)
@@ -175,45 +154,6 @@ def _block_sparse_attention_kernel(
         [4, 4],
         [REGISTERS, REGISTERS],
     )
-
-
-@gluon.jit
-def _ring(PLACES: gl.constexpr, tiles, CONSUMERS: gl.constexpr):
-    """Room for PLACES tiles and, of each place, whether it is full and whether it is free."""
-    shape: gl.constexpr = [PLACES, tiles.block_shape[0], tiles.block_shape[1]]
-    memory = gl.allocate_shared_memory(tiles.dtype, shape, tiles.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(full.index(place), count=1)
-        mbarrier.init(free.index(place), count=CONSUMERS)
-    return memory, full, free
-
-
-@gluon.jit
-def _fill(ring, step, tiles, row, column):
-    """Loads the ring's step-th tile as soon as there is room."""
-    memory, full, free = ring
-    place = step % memory.shape[0]
-    mbarrier.wait(free.index(place), (step // memory.shape[0] & 1) ^ 1)
-    mbarrier.expect(full.index(place), tiles.block_type.nbytes)
-    _load(tiles, [row, column], full.index(place), memory.index(place))
-
-
-@gluon.jit
-def _filled(ring, step):
-    """The ring's step-th tile, once it is there."""
-    memory, full, _ = ring
-    place = step % memory.shape[0]
-    mbarrier.wait(full.index(place), step // memory.shape[0] & 1)
-    return memory.index(place)
-
-
-@gluon.jit
-def _release(ring, step):
-    """Makes room: this consumer is done with the ring's step-th tile."""
-    memory, _, free = ring
-    mbarrier.arrive(free.index(step % memory.shape[0]), count=1)
 
 
 @gluon.jit
@@ -242,18 +182,18 @@ def _load_tiles(rings, lists, tiles, inputs):
         k_column = head // group * k_head
         v_column = head // group * v_head
         ids, count, block = _list_of(tile, num_q_blocks, lists)
-        _fill(k_ring, step, k_tiles, block * BLOCK, k_column)
+        fill(k_ring, step, k_tiles, block * BLOCK, k_column)
         for half in gl.static_range(2):
             turn = 2 * (tile // gl.num_programs(0)) + half
             row = tile % num_q_blocks * BLOCK + half * ROWS
-            _fill(q_ring, turn, q_tiles, row, head * q_head)
+            fill(q_ring, turn, q_tiles, row, head * q_head)
         for i in range(1, count):
             following = gl.load(ids + i - 1).to(gl.int32)
-            _fill(k_ring, step + 1, k_tiles, following * BLOCK, k_column)
-            _fill(v_ring, step, v_tiles, block * BLOCK, v_column)
+            fill(k_ring, step + 1, k_tiles, following * BLOCK, k_column)
+            fill(v_ring, step, v_tiles, block * BLOCK, v_column)
             block = following
             step += 1
-        _fill(v_ring, step, v_tiles, block * BLOCK, v_column)
+        fill(v_ring, step, v_tiles, block * BLOCK, v_column)
         step += 1
 
 
@@ -277,10 +217,10 @@ def _attend_tiles(rings, lists, tiles, outputs, length, scale_log2, HALF: gl.con
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _, count, block = _list_of(tile, num_q_blocks, lists)
         turn = 2 * (tile // gl.num_programs(0)) + HALF
-        q = _filled(q_ring, turn)
-        k = _filled(k_ring, step).permute((1, 0))
+        q = filled(q_ring, turn)
+        k = filled(k_ring, step).permute((1, 0))
         logits = warpgroup_mma(q, k, nothing, use_acc=False)
-        _release(k_ring, step)
+        release(k_ring, step)
         end = gl.where(count > 0, length - block * BLOCK, 0)
         logits = gl.where(gl.expand_dims(lanes < end, 0), logits, float("-inf"))
         peak = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
@@ -289,28 +229,28 @@ def _attend_tiles(rings, lists, tiles, outputs, length, scale_log2, HALF: gl.con
         weights = gl.convert_layout(weights.to(KIND), WEIGHTS)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, SUMS)
         for _ in range(1, count):
-            k = _filled(k_ring, step + 1).permute((1, 0))
+            k = filled(k_ring, step + 1).permute((1, 0))
             logits = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            v = _filled(v_ring, step)
+            v = filled(v_ring, step)
             acc = warpgroup_mma(weights, v, acc, is_async=True)
             logits = warpgroup_mma_wait(1, [logits])
-            _release(k_ring, step + 1)
+            release(k_ring, step + 1)
             new_weights, decay, peak, total = _weigh(logits, peak, total, scale_log2)
             acc = warpgroup_mma_wait(0, [acc])
-            _release(v_ring, step)
+            release(v_ring, step)
             # Not before the wait: the product still reads the former weights' registers.
             weights = gl.convert_layout(new_weights.to(KIND), WEIGHTS)
             acc = acc * gl.expand_dims(gl.convert_layout(decay, OF_SUM), 1)
             step += 1
-        acc = warpgroup_mma(weights, _filled(v_ring, step), acc)
-        _release(v_ring, step)
+        acc = warpgroup_mma(weights, filled(v_ring, step), acc)
+        release(v_ring, step)
         step += 1
 
         seen = gl.expand_dims(gl.convert_layout(total, OF_SUM), 1)
         result = gl.where(seen == 0, 0.0, acc / seen)
         row = tile % num_q_blocks * BLOCK + HALF * ROWS
         _store_tile(outputs, q, result, peak, total, row, tile // num_q_blocks, length)
-        _release(q_ring, turn)
+        release(q_ring, turn)
 
 
 @gluon.jit
@@ -334,7 +274,7 @@ def _store_tile(outputs, memory, result, peak, total, row, head, length):
     out_tiles, lse_ptr, out_head, lse_head = outputs
     memory.store(result.to(memory.dtype))
     fence_async_shared()
-    _store(out_tiles, [row, head * out_head], memory)
+    store(out_tiles, [row, head * out_head], memory)
     if lse_ptr is not None:
         rows = row + gl.arange(0, ROWS, layout=peak.type.layout)
         lse = lse_ptr + head.to(gl.int64) * lse_head + rows

@@ -73,9 +73,13 @@ class QueryBlocks:
     ) -> "QueryBlocks":
         """The blocks of `spans`, sent to `device` in one copy."""
         columns = [column for span in spans for column in _columns(span, block_size)]
-        table = torch.tensor(columns, dtype=torch.int32).reshape(-1, 7).T.contiguous()
+        # Each column begins at a multiple of 16 bytes: kernels are compiled anew where one does
+        # not.
+        padding = [(0,) * 7] * (-len(columns) % 4)
+        table = torch.tensor(columns + padding, dtype=torch.int32).reshape(-1, 7).T.contiguous()
         most = max((num_blocks(span.length, block_size) for span in spans), default=0)
-        return cls(block_size, tuple(spans), most, *table.to(device, non_blocking=True))
+        sent = table.to(device, non_blocking=True)[:, : len(columns)]
+        return cls(block_size, tuple(spans), most, *sent)
 
     @property
     def num_blocks(self) -> int:

@@ -176,14 +176,27 @@ class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
         windows: the rows that the last layer may do with; None: all
         """
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        tokens = _Packs(common_attn_metadata.query_start_loc, starts)
         patterns = patterns or [(Phase.DENSE, None)] * (len(starts) - 1)
-        whole = [slice(0, end - start) for start, end in pairwise(starts)]
-        metadata = _Sequences(tokens, tokens, whole).sort(patterns)
-        if windows is None:
-            return metadata
-        queries = _Packs(windows.cu_rows, windows.starts)
-        return replace(metadata, narrowed=_Sequences(queries, tokens, windows.of).sort(patterns))
+        return sort_sequences(common_attn_metadata.query_start_loc, starts, patterns, windows)
+
+
+def sort_sequences(
+    cu_seqlens: Tensor,
+    starts: Sequence[int],
+    patterns: Sequence[tuple[Phase, Pattern | None]],
+    windows: Windows | None = None,
+) -> SparsedMetadata:
+    """cu_seqlens int32 [num_sequences + 1]: where each begins;  starts: the same on the host
+
+    patterns, windows: as in SparsedMetadataBuilder.build
+    """
+    tokens = _Packs(cu_seqlens, starts)
+    whole = [slice(0, end - start) for start, end in pairwise(starts)]
+    metadata = _Sequences(tokens, tokens, whole).sort(patterns)
+    if windows is None:
+        return metadata
+    queries = _Packs(windows.cu_rows, windows.starts)
+    return replace(metadata, narrowed=_Sequences(queries, tokens, windows.of).sort(patterns))
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,9 @@ class _Packs:
     def of(self, first: int, end: int) -> Pack:
         """Sequences [first, end)."""
         starts = self.starts[first : end + 1]
-        cu_seqlens = self.cu_seqlens[first : end + 1] - self.cu_seqlens[first]
+        cu_seqlens = self.cu_seqlens[first : end + 1]
+        if starts[0]:
+            cu_seqlens = cu_seqlens - starts[0]
         lengths = tuple(b - a for a, b in pairwise(starts))
         return Pack(slice(starts[0], starts[-1]), cu_seqlens, lengths)
 

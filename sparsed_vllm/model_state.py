@@ -25,6 +25,7 @@ from sparsed_vllm.denoising import Denoising
 from sparsed_vllm.pattern import Pattern, num_bytes_at_most
 from sparsed_vllm.phases import Phase
 from sparsed_vllm.recorded_tables import RecordedTables
+from sparsed_vllm.rehearsal import rehearse
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.windows import Windows, window_around
 
@@ -192,6 +193,15 @@ class DenoisingModelState(ModelState):
         each = num_bytes_at_most(*sizes, config.table_ids) if config else 0
         shape = (self._num_layers, self._num_heads, each)
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+    def rehearse(self) -> None:
+        """Compile what recording and sparse steps run, with attention as the model has it."""
+        config = self.reader.sparse_config
+        if config is not None:
+            layers = self.vllm_config.compilation_config.static_forward_context.values()
+            impl = next(iter(layers)).impl
+            sizes = {"longest": self.max_model_len, "dtype": self.dtype, "device": self.device}
+            rehearse(impl, config, **sizes)
 
     def _rows(self, turn: Turn) -> Tensor:
         """Rows of the hidden states that predict `turn.places`; padding reads one in its window."""

@@ -73,6 +73,7 @@ class DenoisingSampler:
         """
         if logits.device.type == "cpu":
             return
+        self.state.rehearse()
         tables = self.state.largest_tables()
         largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
         mask_token_id = self.state.mask_token_id

@@ -131,9 +131,14 @@ def test_rates_warm_up_by_steps_or_by_time_and_fall_to_zero():
 def test_an_interrupted_training_leaves_a_checkpoint(number, tmp_path):
     """A second of training ends a process; its workers end with it."""
     script = Path(train_needle.__file__)
-    program = (  # a background job ignores Ctrl-C, and so would its children
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from needle import training; import train_needle; training.LINE = 0.1; train_needle.main()"
+    program = "; ".join(
+        [
+            "import signal; from needle import training; import train_needle",
+            # A shell's background jobs inherit that SIGINT is ignored.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)",
+            "training.LINE = 0.1",
+            "train_needle.main()",
+        ]
     )
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--minutes", "5", "--workers", "1"]

@@ -11,11 +11,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.cuda import Event as Mark
 from torch.profiler import ProfilerActivity, profile, record_function
 from vllm import LLM
 
@@ -35,8 +38,13 @@ ENGINE = "inputs"  # kernels that no named part launched
 Event = dict[str, Any]
 
 
-def profile_phases(llm: LLM, load: Load, seconds: dict[str, float]) -> dict[str, dict[str, float]]:
-    """For one step of each phase, shares of the `seconds` that it takes without the profiler."""
+def profile_phases(llm: LLM, load: Load) -> dict[str, dict[str, float]]:
+    """For one step of each phase, shares of the time that it takes under the profiler.
+
+    The profiler slows the host, so what waits for the host, `idle`, is at most so much. `outside`
+    comes from steps that nobody traces; see outside_model.
+    """
+    outside = {phase: share for phase, (_, share) in outside_model(llm, load).items()}
     load.add(llm, load.short, sparse=True)
     found: dict[str, dict[str, float]] = {}
     for step in range(load.short):
@@ -44,22 +52,67 @@ def profile_phases(llm: LLM, load: Load, seconds: dict[str, float]) -> dict[str,
         if phase in found or step == 0:
             time_step(llm)
         else:
-            found[phase] = shares(trace_step(llm), seconds[phase])
+            events, seconds = trace_step(llm)
+            found[phase] = {**shares(events, seconds), "outside": round(outside[phase], 5)}
     return found
 
 
-def trace_step(llm: LLM) -> list[Event]:
-    """One step, as events of a Chrome trace."""
+def outside_model(llm: LLM, load: Load) -> dict[str, tuple[float, float]]:
+    """By phase, medians of what the device itself measures, without a profiler.
+
+    Seconds from one step's beginning of the model to the next one's, and the share of them that
+    lies after the head: choosing tokens, the next step's inputs, and waiting. The host's work
+    counts as far as the device waits for it, so with async scheduling hardly.
+    """
+    marks: list[tuple[Mark, Mark]] = []
+    with marked_steps(llm, marks):
+        load.add(llm, load.short, sparse=True)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+    wait()
+    found = defaultdict(list)
+    for step, ((begin, end), (following, _)) in enumerate(pairwise(marks)):
+        millis = begin.elapsed_time(following)
+        share = 1 - begin.elapsed_time(end) / millis
+        found[phase_of(step, load.short, SKIP).value].append((millis / 1e3, share))
+    return {
+        phase: (median(seconds for seconds, _ in pairs), median(share for _, share in pairs))
+        for phase, pairs in found.items()
+    }
+
+
+@contextmanager
+def marked_steps(llm: LLM, marks: list[tuple[Mark, Mark]]) -> Iterator[None]:
+    """Each step notes on the device when its model begins, and when its head has ended."""
+    (model,) = llm.apply_model(lambda model: model)
+    forward, compute_logits = model.forward, model.compute_logits
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        marks.append((Mark(True), Mark(True)))
+        marks[-1][0].record()
+        return forward(*args, **kwargs)
+
+    def end(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        marks[-1][1].record()
+        return logits
+
+    with patch.object(model, "forward", begin), patch.object(model, "compute_logits", end):
+        yield
+
+
+def trace_step(llm: LLM) -> tuple[list[Event], float]:
+    """One step, as events of a Chrome trace, and its seconds."""
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] * torch.cuda.is_available()
     wait()
     with named_parts(llm), profile(activities=activities) as trace:
-        time_step(llm)
+        seconds = time_step(llm)
         wait()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
+        return json.loads(path.read_text())["traceEvents"], seconds
 
 
 @contextmanager

@@ -30,9 +30,8 @@ def save(network: Network, folder: Path) -> None:
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
     checkpoints.write_json(folder / "config.json", config(network.shape))
     checkpoints.write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
-    # Named, the mask stays out of what draws prompts from all tokens but special ones.
-    more = {"unk_token": UNKNOWN, "mask_token": MASK}
-    checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, **more)
+    named = {"unk_token": UNKNOWN, "mask_token": MASK}
+    checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, **named)
 
 
 def load(folder: Path) -> Network:

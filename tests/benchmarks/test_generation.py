@@ -2,13 +2,15 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The benches of whole generations: what they add up, tell apart and leave out."""
 
+import time
+
 import bench_decoding
 import bench_generate
 import bench_throughput
 import pytest
 from generation.dummies import MODELS, cache_bytes
 from generation.gemms import seconds_of_gemms
-from generation.shares import micros_of, shares, trace_step
+from generation.shares import micros_of, outside_model, shares, trace_step
 from generation.steps import Load, project
 from needle.batches import EOS_ID
 from vllm import SamplingParams
@@ -114,9 +116,30 @@ def test_the_parts_of_a_step_are_in_its_trace(llada):
     names = set()
     while llada.llm_engine.has_unfinished_requests():
         names |= {
-            each["name"] for each in trace_step(llada) if each.get("cat") == "user_annotation"
+            each["name"] for each in trace_step(llada)[0] if each.get("cat") == "user_annotation"
         }
     assert {"model", "head", "sampler", "scheduler"} <= names
+
+
+class HostEvent:
+    """A CUDA event by the host's clock."""
+
+    def __init__(self, timed):
+        self.seconds = None
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.seconds - self.seconds)
+
+
+@pytest.mark.engine
+def test_what_lies_between_the_models_of_two_steps_is_told_by_phase(llada, monkeypatch):
+    monkeypatch.setattr("generation.shares.Mark", HostEvent)
+    found = outside_model(llada, Load(64, 16, batch=2))
+    assert set(found) == {"dense", "recording", "sparse"}
+    assert all(seconds > 0 and 0 < share < 1 for seconds, share in found.values())
 
 
 @pytest.mark.engine

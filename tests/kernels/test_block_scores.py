@@ -19,7 +19,7 @@ from kernel_cases import (
 from torch.nn.functional import pad
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.block_scores import block_scores
+from sparsed_vllm.kernels.block_scores import block_scores, score_generation
 
 IMPLEMENTATIONS = {"kernel": (block_scores, DEVICE), "twin": (reference.block_scores, "cpu")}
 
@@ -48,10 +48,10 @@ def exact_scores(batch):
     return scores
 
 
-def check(batch, with_lse=False):
+def check(batch, with_lse=False, score=block_scores):
     lse = exact_attention(batch)[1].float() if with_lse else None
     for actual, exact, twin in zip(
-        run(batch, lse),
+        run(batch, lse, score),
         exact_scores(batch),
         run(batch, lse, reference.block_scores, "cpu"),
         strict=True,
@@ -77,6 +77,24 @@ def test_blocks_of_128_equal_float64_within_rounding(with_lse):
         make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=torch.bfloat16),
         with_lse,
     )
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_generations_are_scored_beside_finished_prompts(block_size):
+    """As after the kernel for Hopper, which leaves prompts' blocks unscaled."""
+    batch = make_batch([(300, 200), (1, 0), (127, 100)], block_size)
+    lse = exact_attention(batch)[1].float().to(DEVICE)
+    expected = run(batch, lse)
+    scores, gen_scores = (x.clone() for x in expected)
+    for _, places in batch.blocks.by_span():
+        first = int(batch.blocks.first_gens[places.start])
+        scores[:, places, :first] *= 0.999
+        scores[:, places, first:] = float("-inf")
+    gen_scores.fill_(float("-inf"))
+    batch = batch.to(DEVICE)
+    score_generation(batch.q, batch.k, lse, batch.blocks, scores, gen_scores, batch.scale)
+    assert torch.equal(gen_scores, expected[1])
+    torch.testing.assert_close(scores, expected[0], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1)])
@@ -125,3 +143,63 @@ def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
     batch = make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype)
     check(batch)
     check(batch, with_lse=True)
+
+
+def on_hopper(test):
+    has_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    skipped = pytest.mark.skipif(not has_gpu, reason="needs a GPU of compute capability 9.0")
+    return pytest.mark.gpu(skipped(test))
+
+
+def hopper_block_scores(*args, **options):
+    """Imported at need: not every Triton has Gluon."""
+    reason = "this Triton has no Gluon"
+    module = pytest.importorskip("sparsed_vllm.kernels.hopper_scores", reason=reason)
+    return module.block_scores(*args, **options)
+
+
+# No, one, an even and an odd number of prompt blocks and of query blocks.
+SIZES = [
+    [(1, 0), (127, 100), (128, 128)],
+    [(129, 129), (257, 128), (300, 256)],
+    [(640, 500), (900, 0), (1500, 1400)],
+]
+
+
+@on_hopper
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hoppers_kernel_equals_float64_within_rounding(dtype, head_dim, sizes):
+    batch = make_batch(sizes, 128, dtype=dtype, heads=(4, 2), head_dim=head_dim)
+    check(batch, with_lse=True, score=hopper_block_scores)
+    check(batch, score=hopper_block_scores)
+
+
+@on_hopper
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1)])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_hoppers_kernel_takes_groups_and_equal_and_large_logits(heads, spread):
+    batch = make_batch(
+        [(700, 600)], 128, dtype=torch.bfloat16, heads=heads, head_dim=128, spread=spread
+    )
+    check(batch, with_lse=True, score=hopper_block_scores)
+
+
+@on_hopper
+def test_thousands_of_launches_on_hopper_agree_to_the_bit():
+    """Of mixed shapes, so that what one leaves behind in shared memory differs from the next."""
+    cases = []
+    for sizes, heads, head_dim in [
+        ([(3000, 2900)], (8, 2), 128),
+        ([(129, 128)], (1, 1), 128),
+        ([(1900, 1500), (700, 512)], (6, 3), 64),
+    ]:
+        batch = make_batch(sizes, 128, dtype=torch.bfloat16, heads=heads, head_dim=head_dim)
+        lse = exact_attention(batch)[1].float().to("cuda")
+        cases.append((batch.to("cuda"), lse, hopper_block_scores))
+    expected = [run(*case) for case in cases]
+    for _ in range(1000):
+        for case, before in zip(cases, expected, strict=True):
+            for actual, first in zip(run(*case), before, strict=True):
+                assert torch.equal(actual, first)

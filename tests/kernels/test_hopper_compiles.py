@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The kernel for Hopper on the installed Triton, whose Gluon may have changed."""
+"""The kernels for Hopper on the installed Triton, whose Gluon may have changed."""
 
 import os
 import subprocess
@@ -24,4 +24,5 @@ def test_it_compiles_without_a_gpu(tmp_path):
     command = [sys.executable, str(SCRIPT)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count(".entry _block_sparse_attention_kernel") == 2
+    assert done.stdout.count(".entry _prompt_scores_kernel") == 2
     assert "wgmma.mma_async" in done.stdout and "cp.async.bulk.tensor" in done.stdout

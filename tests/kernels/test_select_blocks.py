@@ -9,6 +9,7 @@ import torch
 from kernel_cases import DEVICE, RAGGED, Table, make_batch
 
 from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels import select_blocks as module
 from sparsed_vllm.kernels.layout import QueryBlocks, Span, keep_counts, most_kept
 from sparsed_vllm.kernels.select_blocks import select_blocks
 
@@ -143,6 +144,16 @@ def test_4096_key_blocks_are_selected_from(select, device):
         row_scores = (scores[0, row].tolist(), gen_scores[0, row].tolist())
         ids = expected_ids(*row_scores, length, first_gen, 0.3, 16)
         assert kept[row, 0, : count[row, 0]].tolist() == ids
+
+
+@pytest.mark.parametrize(("most", "widths"), [(1, [256]), (257, [256, 1024]), (1024, [256, 1024])])
+def test_every_width_up_to_the_longest_sequence_is_compiled_beforehand(most, widths, monkeypatch):
+    tried = []
+    width_for = module.width_for
+    monkeypatch.setattr(module, "width_for", lambda n: tried.append(width_for(n)) or tried[-1])
+    module.compile_up_to(most, 2, torch.int16, DEVICE)
+    assert tried[1:] == widths  # after the longest one's own
+    assert set(map(width_for, range(1, most + 1))) == set(widths)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 1.0])

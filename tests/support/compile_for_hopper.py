@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Compiles the kernel for Hopper on a machine without a GPU, and prints its PTX. Run by a test."""
+"""Compiles the kernels for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
 
 import torch
 from kernel_cases import Table, make_batch
@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sparsed_vllm.kernels import hopper
+from sparsed_vllm.kernels import hopper, hopper_scores
 
 
 class AbsentGpu:
@@ -40,6 +40,8 @@ def main():
         hopper.block_sparse_attention(
             *(batch.q, batch.k, batch.v, batch.blocks, *table), scale=1.0, return_lse=True
         )
+        lse = torch.zeros(batch.q.shape[1], batch.q.shape[0])
+        hopper_scores.block_scores(batch.q, batch.k, lse, batch.blocks, scale=1.0)
     for kernel in kernels:
         assert kernel.asm["cubin"]
         print(kernel.asm["ptx"])

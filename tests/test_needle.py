@@ -63,6 +63,20 @@ def test_the_shipped_tokenizer_is_the_vocabulary():
     assert ids == batches.chat_ids(words)
 
 
+def test_the_mask_is_special_and_reads_and_writes_as_before(tmp_path):
+    from transformers import AutoTokenizer
+
+    checkpoint.save(Network(TINY), tmp_path)
+    text = "The number of zorp is 4711, or not."
+    for folder in (checkpoint.SHIPPED, tmp_path):
+        read = AutoTokenizer.from_pretrained(folder)
+        ids = read.encode(text, add_special_tokens=False)
+        assert ids == vocabulary.tokenizer().encode(text).ids
+        assert read.decode(ids, skip_special_tokens=True) == text.lower()
+        assert read.mask_token_id == vocabulary.ID[vocabulary.MASK]
+        assert read.mask_token_id in read.all_special_ids
+
+
 @pytest.mark.parametrize("length", [96, 512])
 def test_a_batch_masks_only_what_is_asked_for(length):
     batch = batches.make(random.Random(0), length, 16, recall_share=0.5)

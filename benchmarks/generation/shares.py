@@ -28,7 +28,7 @@ from sparsed_vllm.phases import phase_of
 from sparsed_vllm.sampler import DenoisingSampler
 
 KINDS = {  # of the model's kernels, by a part of their names; the first that fits counts
-    "attention": ("attention", "flash", "block_scores", "select_blocks"),
+    "attention": ("attention", "flash", "block_scores", "prompt_scores", "select_blocks"),
     "linears": ("gemm", "cutlass", "nvjet", "cublas", "wgmma"),
 }
 OTHER = "norm, rotary, activation"

@@ -102,6 +102,45 @@ def test_logits_of_minus_infinity_weigh_nothing():
     check(batch, torch.ones(1, 3, 3, dtype=torch.bool))
 
 
+def rising(sizes, rows, dtype=torch.bfloat16, **options):
+    """For these queries the first 20 keys' logits lie 200 above those of the last block.
+
+    By the last column: tensor cores would round the sums of further ones to its size.
+    """
+    batch = blocks_of_128(sizes, dtype, **options)
+    batch.q[..., -1] = batch.k[..., -1] = 0.0
+    batch.q[rows, :, -1] = 1.0
+    batch.k[:20, :, -1] = 200 / batch.scale
+    return batch
+
+
+SOME_ROWS = {
+    "one": slice(7, 8),
+    "half a tile": slice(192, 256),
+    "one tile": slice(128, 256),
+    "the last": slice(640, None),
+    "all": slice(None),
+}
+
+
+@pytest.mark.parametrize("rows", SOME_ROWS.values(), ids=SOME_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_far_above_those_of_the_last_block_equal_float64_within_rounding(dtype, rows):
+    batch = rising([(700, 40)], rows, dtype)
+    mask = random_mask(batch, 0.5)
+    mask[..., 0] = True
+    check(batch, mask)
+
+
+def test_values_near_the_largest_number_stay_finite():
+    """Sums of weights that are small enough themselves may not overflow through their values."""
+    batch = rising([(400, 0)], slice(None), heads=(2, 2))
+    batch.k[:20, :, -1] = 60 / batch.scale
+    batch.v[:] = 1e37
+    out, _ = run(batch, table_of(batch, torch.ones(2, 4, 4, dtype=torch.bool)))
+    assert torch.allclose(out.float(), torch.full_like(out.float(), 1e37), rtol=1e-2)
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
 def test_what_lies_around_a_sequence_does_not_matter(odd):
     """Memory of others lies before and after the 300 tokens, in the last block's 128 places too."""
@@ -118,8 +157,9 @@ def test_what_lies_around_a_sequence_does_not_matter(odd):
     assert out[:200].isnan().all() and out[500:].isnan().all()
 
 
-def test_a_window_gets_what_the_whole_sequence_does():
-    batch = blocks_of_128([(300, 10), (1000, 40), (129, 1)])
+@pytest.mark.parametrize("rows", [slice(0, 0), slice(200, 201), slice(None)])
+def test_a_window_gets_what_the_whole_sequence_does(rows):
+    batch = rising([(300, 10), (1000, 40), (129, 1)], rows)
     table = table_of(batch, random_mask(batch, 0.5))
     narrow, rows, blocks = in_windows(batch, [(256, 300), (128, 512), (0, 129)])
     narrow = narrow.to("cuda")
@@ -165,6 +205,9 @@ def stress_cases():
         yield batch, mask
     for spread in (0.0, 1e4):  # equal and huge logits
         batch = blocks_of_128([(700, 0), (129, 0)], heads=(4, 4), spread=spread)
+        yield batch, random_mask(batch, 0.6)
+    for rows in SOME_ROWS.values():
+        batch = rising([(1500, 0)], rows, heads=(24, 8))
         yield batch, random_mask(batch, 0.6)
     uneven = blocks_of_128([(1500, 0)], heads=(8, 8))
     yield uneven, torch.rand(8, 12, 12) < torch.rand(8, 12, 1) ** 3

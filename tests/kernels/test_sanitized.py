@@ -16,10 +16,14 @@ SIZES = [(300, 40), (129, 0), (1, 0)]
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(128, 128), (128, 64), (32, 32)])
+@pytest.mark.parametrize("spread", [1.0, 1e4])
 @pytest.mark.parametrize("attend", [api.block_sparse_attention, block_sparse_attention])
-def test_sparse_attention(attend, block_size, head_dim):
-    """The kernel that is chosen here, for Hopper where it can be, and the plain one."""
-    sizes = {"head_dim": head_dim, "dtype": torch.bfloat16, "heads": (4, 2)}
+def test_sparse_attention(attend, spread, block_size, head_dim):
+    """The kernel that is chosen here, for Hopper where it can be, and the plain one.
+
+    spread: of logits; the wide one makes the kernel for Hopper take tiles again
+    """
+    sizes = {"head_dim": head_dim, "dtype": torch.bfloat16, "heads": (4, 2), "spread": spread}
     batch = make_batch(SIZES, block_size, **sizes)
     out, _ = run_sparse(batch, table_of(batch, random_mask(batch, 0.5)), attend)
     torch.cuda.synchronize()

@@ -14,10 +14,11 @@ class Patch:
     """One replaced function of vLLM."""
 
     target: str  # "package.module:Owner.attribute"
-    parameters: tuple[str, ...]  # the names it is called with, on every supported vLLM
+    parameters: tuple[str, ...]  # the names it is called with
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]  # original -> replacement
     because: str  # the seam that vLLM lacks
     drop_when: str  # the change in vLLM that retires the patch
+    later_parameters: tuple[str, ...] = ()  # the names on a later supported vLLM, if they differ
 
 
 class PatchMismatch(RuntimeError):
@@ -49,6 +50,6 @@ def _locate(patch: Patch) -> tuple[Any, str, Callable[..., Any]]:
     if original is None:
         raise PatchMismatch(f"{patch.target} does not exist in this vLLM")
     parameters = tuple(inspect.signature(original).parameters)
-    if parameters != patch.parameters:
+    if parameters not in (patch.parameters, patch.later_parameters):
         raise PatchMismatch(f"{patch.target} takes {parameters}, not {patch.parameters}")
     return owner, name, original

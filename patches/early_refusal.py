@@ -10,6 +10,18 @@ from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.patches.apply import Patch
 
 
+def check_now(engine: Any, prompt: Any, sampling_params: Any, request_id: str) -> None:
+    """Raises what an AsyncLLM will raise with the first step of this request's generator.
+
+    Of our models only, and not of prompts that are yet to be tokenized.
+    """
+    is_rendered = isinstance(prompt, dict) and "type" in prompt
+    if engine.model_config.architecture in FAMILIES and is_rendered:
+        engine.input_processor.process_inputs(
+            request_id, prompt, sampling_params, supported_tasks=("generate",)
+        )
+
+
 def _checked_at_once(
     generate: Callable[..., AsyncGenerator[Any, None]],
 ) -> Callable[..., AsyncGenerator[Any, None]]:
@@ -17,12 +29,7 @@ def _checked_at_once(
     def check_and_generate(
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        is_rendered = isinstance(prompt, dict) and "type" in prompt
-        if self.model_config.architecture in FAMILIES and is_rendered:
-            # For what it raises: the generator does the same with its first step.
-            self.input_processor.process_inputs(
-                request_id, prompt, sampling_params, supported_tasks=("generate",)
-            )
+        check_now(self, prompt, sampling_params, request_id)
         return generate(self, prompt, sampling_params, request_id, **kwargs)
 
     return check_and_generate

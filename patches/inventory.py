@@ -7,12 +7,14 @@ from sparsed_vllm.patches import (
     denoising_metrics,
     draining,
     early_refusal,
+    early_response,
     request_check,
 )
 
 PATCHES = (
     request_check.PATCH,
     early_refusal.PATCH,
+    early_response.PATCH,
     draining.PATCH,
     denoising_metrics.PATCH,
     default_length.PATCH,

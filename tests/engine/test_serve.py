@@ -184,8 +184,22 @@ def test_the_responses_api_gives_the_answer_of_a_chat(client):
     assert "".join(deltas) == answer.output_text
     assert events[-1].response.incomplete_details.reason == "max_output_tokens"
     assert client.responses.create(model="tiny", input="hi").usage.output_tokens <= 20
-    with pytest.raises(openai.BadRequestError, match="steps"):
-        client.responses.create(**{**body, "extra_body": {"vllm_xargs": {"steps": 0}}})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        ({"extra_body": {"vllm_xargs": {"steps": 0}}}, "steps"),
+        ({"temperature": 1.0, "top_p": 0.5}, "top_p"),
+        ({"max_output_tokens": 451}, "at most 450 on this server"),
+    ],
+    ids=["steps", "top_p", "max_output_tokens"],
+)
+def test_the_responses_api_refuses_with_400_and_the_field(client, bad, field, stream):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="tiny", input="hi", stream=stream, **bad)
+    assert field in refused.value.body["message"]
 
 
 def test_a_seed_repeats_an_answer_and_samples_have_seeds_of_their_own(client):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsed_vllm.patches.early_refusal import PATCH
+from sparsed_vllm.patches import early_refusal, early_response
 
 PROMPT = {"type": "token", "prompt_token_ids": [1]}
 
@@ -16,8 +16,19 @@ def generate(architecture, prompt, refuse):
         model_config=SimpleNamespace(architecture=architecture),
         input_processor=SimpleNamespace(process_inputs=refuse),
     )
-    given = PATCH.wrap(lambda *args, **kwargs: (args, kwargs))
+    given = early_refusal.PATCH.wrap(lambda *args, **kwargs: (args, kwargs))
     return given(engine, prompt, "params", "id", priority=1)[1]
+
+
+def respond(prompt, refuse):
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(architecture="LLaDAModelLM"),
+        input_processor=SimpleNamespace(process_inputs=refuse),
+    )
+    given = early_response.PATCH.wrap(lambda *args, **kwargs: (args[1:], kwargs))
+    endpoint = SimpleNamespace(engine_client=engine)
+    asked = {"request_id": "id", "engine_input": prompt, "sampling_params": "params"}
+    return given(endpoint, **asked, priority=1)
 
 
 def refuse(*args, **kwargs):
@@ -33,3 +44,10 @@ def test_our_models_check_at_once():
 def test_other_models_and_prompts_that_are_not_tokenized_yet_wait():
     assert generate("LlamaForCausalLM", PROMPT, refuse) == {"priority": 1}
     assert generate("LLaDAModelLM", "hello", refuse) == {"priority": 1}
+
+
+def test_responses_are_checked_before_their_stream():
+    with pytest.raises(ValueError, match="bad request"):
+        respond(PROMPT, refuse)
+    expected = (("id", PROMPT, "params"), {"priority": 1})
+    assert respond(PROMPT, lambda *_, **__: None) == expected

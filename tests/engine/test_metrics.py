@@ -136,7 +136,7 @@ def test_an_early_stop_is_counted_with_the_steps_it_took(llada, rise):
     assert rise()["diffusion_num_committed_tokens",] == 16 + 4
 
 
-def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada):
+def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada, rise):
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -161,3 +161,9 @@ def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada):
     assert steps == ["3", "1", "6"]
     density = int(sparse["kept_blocks"]) / int(sparse["possible_blocks"])
     assert float(sparse["density"]) == pytest.approx(density, abs=1e-4)
+    counted = rise()
+    for phase in ("dense", "recording", "sparse"):
+        told = int(dense[f"steps_{phase}"]) + int(sparse[f"steps_{phase}"])
+        assert told == counted["sparsed_steps", phase]
+    for blocks in ("kept_blocks", "possible_blocks"):
+        assert int(sparse[blocks]) == counted[f"sparsed_{blocks}",]

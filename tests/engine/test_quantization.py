@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""A quantized checkpoint of the small trained model answers as the model itself does."""
+"""Quantized checkpoints of the small trained model answer as the model itself does."""
 
 import pytest
+import torch
 from engines import start_engine
 from needle.checkpoint import SHIPPED
 from quality.answers import Engine
 from quality.methods import METHODS
 from quality.questions import draw, mark
-from quantized import quantize_int8
+from quantized import quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.engine
 
@@ -23,11 +24,22 @@ def int8(tmp_path_factory):
     return start_engine(path, max_model_len=512)
 
 
-def test_the_linears_are_in_int8_but_for_those_that_the_checkpoint_names(int8):
-    worker = int8.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory):
+    path = quantize_int4(SHIPPED, tmp_path_factory.mktemp("int4") / "model", group_size=128)
+    return start_engine(path, max_model_len=512, dtype="bfloat16")
+
+
+def linears_of(llm):
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     model = worker.model_runner.model
     linears = {name: m for name, m in model.named_modules() if name.endswith(("proj", "head"))}
     assert len(linears) == 8 * 4 + 1
+    return linears
+
+
+def test_the_linears_are_in_int8_but_for_those_that_the_checkpoint_names(int8):
+    linears = linears_of(int8)
     # vLLM's kernel packs int8 weights away.
     wide = {
         name for name, m in linears.items() if m.weight is not None and m.weight.is_floating_point()
@@ -35,9 +47,19 @@ def test_the_linears_are_in_int8_but_for_those_that_the_checkpoint_names(int8):
     assert wide == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.3.mlp.gate_up_proj"}
 
 
+def test_weights_alone_are_in_int4_but_for_the_head_s(int4):
+    linears = linears_of(int4)
+    assert linears.pop("lm_head").weight.dtype == torch.bfloat16
+    for name, linear in linears.items():
+        assert linear.weight_packed.dtype == torch.int32, name
+        assert linear.scheme.__class__.__name__ == "CompressedTensorsWNA16", name
+
+
 @pytest.mark.parametrize("method", ["dense", "sparsed-0.3"])
-def test_int8_finds_the_needles_that_the_model_finds(int8, needle, method):
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_needles_that_the_model_finds_are_found(request, needle, scheme, method):
+    quantized = request.getfixturevalue(scheme)
     questions = [draw(task, 200, 32, i) for task in ("single", "multikey") for i in range(2)]
-    for llm in (needle, int8):
+    for llm in (needle, quantized):
         given, _ = Engine(llm, **SIZES).answer(METHODS[method], questions)
         assert all(mark(q, tokens).exact for q, tokens in zip(questions, given, strict=True))

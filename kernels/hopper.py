@@ -35,7 +35,7 @@ BLOCK = gl.constexpr(128)  # queries of a tile, keys of a step
 ROWS = gl.constexpr(64)  # queries of a consumer
 STAGES = gl.constexpr(2)  # of each ring: all that fits into shared memory
 REGISTERS = gl.constexpr(240)  # of a consumer's thread
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # where a running maximum begins
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # what a maximum is at least
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = 1.4426950408889634
 
@@ -269,7 +269,8 @@ def _attend_tile(q, blocks, tile, step, MOVING: gl.constexpr):
     """Sums of weighted values, what weights are relative to, their sums, and the next step.
 
     Only a list's last block can be partial: it comes first, outside of the loop. In the loop the
-    values of one block are multiplied while the next one's weights are found. MOVING: the maximum
+    values of one block are multiplied while the next one's weights are found.
+    MOVING: weights are relative to the largest logit so far, not to the first block's
     """
     k_ring, v_ring, lists, num_q_blocks, length, scale_log2 = blocks
     HEAD_DIM: gl.constexpr = q.shape[1]

@@ -143,3 +143,18 @@ def test_requests_that_may_not_start_take_no_steps_from_those_that_run(tight, mo
     add(tight, "short", SHORT, sampling(8))
     ended = finish(tight)
     assert (ended["long"][0], ended["short"][0]) == (59, 59 + 8)
+
+
+def test_an_urgent_request_waits_for_pages_and_takes_none(llada_path):
+    """Each request holds its pages from its first step to its last, however unimportant it is."""
+    llm = start_engine(llada_path, scheduling_policy="priority", num_gpu_blocks_override=6)
+    pool = core_of(llm).scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    expected = alone(llm, LONG, sampling(64))
+    add(llm, "usual", LONG, sampling(64), priority=9)
+    finish(llm, most=10)
+    assert pool.get_num_free_blocks() < free / 2
+    add(llm, "urgent", LONG, sampling(64), priority=1)
+    assert finish(llm) == {"usual": (64 - 10, expected), "urgent": (64 - 10 + 64, expected)}
+    llm.llm_engine.step()
+    assert pool.get_num_free_blocks() == free

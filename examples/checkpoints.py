@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Small random checkpoints in the layout in which the authors of LLaDA and Dream publish theirs."""
+"""Small random checkpoints in the layouts in which the models' authors publish theirs."""
 
 import json
 from dataclasses import dataclass
@@ -20,10 +20,20 @@ LLADA_SPECIALS = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
+ILLADA_SPECIALS = (  # ids 0 to 5, before the bytes
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<[MASK]>",
+)
 DREAM_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
 LLADA_MASK_ID = NUM_BYTES + LLADA_SPECIALS.index("<|mdm_mask|>")
 LLADA_EOS_ID = NUM_BYTES + LLADA_SPECIALS.index("<|endoftext|>")
 LLADA_EOT_ID = NUM_BYTES + LLADA_SPECIALS.index("<|eot_id|>")
+ILLADA_MASK_ID = ILLADA_SPECIALS.index("<[MASK]>")  # 5 in the real one too
+ILLADA_EOS_ID = ILLADA_SPECIALS.index("<|endoftext|>")
 DREAM_MASK_ID = NUM_BYTES + DREAM_SPECIALS.index("<|mask|>")
 DREAM_EOS_ID = NUM_BYTES + DREAM_SPECIALS.index("<|endoftext|>")
 
@@ -56,6 +66,8 @@ class Shape:
     d_model: int = 128
     mlp_hidden_size: int = 192
     max_length: int = 1024
+    num_experts: int = 8
+    experts_per_token: int = 2
 
     @property
     def kv_size(self) -> int:
@@ -83,8 +95,35 @@ def write_dream(
     folder = _folder(path)
     write_json(folder / "config.json", dream_config(shape, tie))
     write_json(folder / "generation_config.json", dream_generation_config())
-    _write_weights(folder, _draw(_dream_weights(shape, tie), seed), shards)
+    _write_weights(folder, _draw(_qwen_weights(shape, tie, qkv_bias=True), seed), shards)
     _write_tokenizer(folder, DREAM_SPECIALS, "<|beginoftext|>", DREAM_CHAT)
+    return folder
+
+
+def write_illada(
+    path: str | Path, *, seed: int = 0, shards: int = 1, tie: bool = True, **sizes: int
+) -> Path:
+    """Write a checkpoint like GSAI-ML/iLLaDA-8B-Instruct; sizes are the fields of Shape."""
+    shape = Shape(**sizes)
+    folder = _folder(path)
+    write_json(folder / "config.json", illada_config(shape, tie))
+    write_json(folder / "generation_config.json", {"eos_token_id": ILLADA_EOS_ID})
+    weights = _qwen_weights(shape, tie, qkv_bias=False)
+    _write_weights(folder, _draw(weights, seed), shards)
+    _write_tokenizer(folder, ILLADA_SPECIALS, "<|startoftext|>", LLADA_CHAT, specials_first=True)
+    return folder
+
+
+def write_llada_moe(
+    path: str | Path, *, seed: int = 0, shards: int = 1, tie: bool = False, **sizes: int
+) -> Path:
+    """Write a checkpoint like inclusionAI/LLaDA-MoE-7B-A1B-Instruct; sizes: fields of Shape."""
+    shape = Shape(**sizes)
+    folder = _folder(path)
+    write_json(folder / "config.json", llada_moe_config(shape, tie))
+    write_json(folder / "generation_config.json", {"eos_token_id": LLADA_EOS_ID})
+    _write_weights(folder, _draw(_llada_moe_weights(shape, tie), seed), shards)
+    _write_tokenizer(folder, LLADA_SPECIALS, "<|startoftext|>", LLADA_CHAT)
     return folder
 
 
@@ -180,6 +219,95 @@ def dream_config(shape: Shape, tie: bool) -> dict[str, Any]:
     }
 
 
+def illada_config(shape: Shape, tie: bool) -> dict[str, Any]:
+    """The keys that iLLaDA's code (modeling_illada.py) reads, with small sizes; no mask's."""
+    return {
+        "architectures": ["ILLaDAForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_illada.ILLaDAConfig",
+            "AutoModel": "modeling_illada.ILLaDAForCausalLM",
+            "AutoModelForCausalLM": "modeling_illada.ILLaDAForCausalLM",
+        },
+        "dtype": "float32",
+        "eos_token_id": ILLADA_EOS_ID,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.mlp_hidden_size,
+        "layer_norm_eps": None,
+        "max_position_embeddings": shape.max_length,
+        "mlp_bias": False,
+        "model_type": "illada",
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_kv_heads,
+        "pad_token_id": ILLADA_EOS_ID,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": tie,
+        "transformers_version": "4.57.1",
+        "use_cache": False,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def llada_moe_config(shape: Shape, tie: bool) -> dict[str, Any]:
+    """The keys of LLaDA-MoE's configuration_lladamoe.py with small sizes.
+
+    The real one has no mask_token_id, which its vocabulary makes 156895.
+    """
+    return {
+        "architectures": ["LLaDAMoEModelLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+            "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+            "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+        },
+        "clip_qkv": None,
+        "dense_intermediate_size": 4 * shape.d_model,
+        "eos_token_id": LLADA_EOS_ID,
+        "expert_intermediate_size": shape.mlp_hidden_size,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "initializer_range": 0.02,
+        "mask_token_id": LLADA_MASK_ID,
+        "max_position_embeddings": shape.max_length,
+        "model_type": "llada",
+        "moe_layer_freq": [1] * shape.n_layers,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": None,
+        "num_attention_heads": shape.n_heads,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_kv_heads,
+        "output_router_logits": False,
+        "pad_token_id": LLADA_EOS_ID,
+        "partial_rotary_factor": 1,
+        "qk_layernorm": True,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 50000,
+        "routed_scaling_factor": 1,
+        "router_aux_loss_coef": 0.01,
+        "router_num_group": None,
+        "router_topk_group": None,
+        "shared_expert_intermediate_size": None,
+        "tie_word_embeddings": tie,
+        "torch_dtype": "float32",
+        "transformers_version": "4.53.2",
+        "use_cache": False,
+        "vocab_size": shape.vocab_size,
+    }
+
+
 def dream_generation_config() -> dict[str, Any]:
     """Dream publishes its decoding defaults; the mask token is null there, the config names it."""
     return {
@@ -224,26 +352,56 @@ def _llada_weights(shape: Shape, tie: bool) -> Sizes:
     return sizes if tie else sizes | {top + "ff_out.weight": (shape.vocab_size, hidden)}
 
 
-def _dream_weights(shape: Shape, tie: bool) -> Sizes:
-    """Name -> size of every tensor of modeling_dream.py (Qwen2's names)."""
+def _qwen_weights(shape: Shape, tie: bool, *, qkv_bias: bool) -> Sizes:
+    """Name -> size of every tensor of modeling_dream.py or modeling_illada.py (Qwen2's names)."""
     hidden, mlp = shape.d_model, shape.mlp_hidden_size
     sizes: Sizes = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
     for layer in range(shape.n_layers):
         block = f"model.layers.{layer}."
         sizes |= {
             block + "input_layernorm.weight": (hidden,),
-            block + "self_attn.q_proj.weight": (hidden, hidden),
-            block + "self_attn.q_proj.bias": (hidden,),
-            block + "self_attn.k_proj.weight": (shape.kv_size, hidden),
-            block + "self_attn.k_proj.bias": (shape.kv_size,),
-            block + "self_attn.v_proj.weight": (shape.kv_size, hidden),
-            block + "self_attn.v_proj.bias": (shape.kv_size,),
-            block + "self_attn.o_proj.weight": (hidden, hidden),
+            **_attention_weights(shape, block, qkv_bias=qkv_bias),
             block + "post_attention_layernorm.weight": (hidden,),
             block + "mlp.gate_proj.weight": (mlp, hidden),
             block + "mlp.up_proj.weight": (mlp, hidden),
             block + "mlp.down_proj.weight": (hidden, mlp),
         }
+    sizes["model.norm.weight"] = (hidden,)
+    return sizes if tie else sizes | {"lm_head.weight": (shape.vocab_size, hidden)}
+
+
+def _attention_weights(shape: Shape, block: str, *, qkv_bias: bool) -> Sizes:
+    sizes: Sizes = {}
+    for part, size in (("q", shape.d_model), ("k", shape.kv_size), ("v", shape.kv_size)):
+        sizes[f"{block}self_attn.{part}_proj.weight"] = (size, shape.d_model)
+        if qkv_bias:
+            sizes[f"{block}self_attn.{part}_proj.bias"] = (size,)
+    sizes[f"{block}self_attn.o_proj.weight"] = (shape.d_model, shape.d_model)
+    return sizes
+
+
+def _llada_moe_weights(shape: Shape, tie: bool) -> Sizes:
+    """Name -> size of every tensor of modeling_lladamoe.py."""
+    hidden, inner = shape.d_model, shape.mlp_hidden_size
+    head = hidden // shape.n_heads
+    sizes: Sizes = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.n_layers):
+        block = f"model.layers.{layer}."
+        sizes |= {
+            block + "input_layernorm.weight": (hidden,),
+            **_attention_weights(shape, block, qkv_bias=False),
+            block + "self_attn.q_norm.weight": (head,),
+            block + "self_attn.k_norm.weight": (head,),
+            block + "post_attention_layernorm.weight": (hidden,),
+            block + "mlp.gate.weight": (shape.num_experts, hidden),
+        }
+        for expert in range(shape.num_experts):
+            name = f"{block}mlp.experts.{expert}."
+            sizes |= {
+                name + "gate_proj.weight": (inner, hidden),
+                name + "up_proj.weight": (inner, hidden),
+                name + "down_proj.weight": (hidden, inner),
+            }
     sizes["model.norm.weight"] = (hidden,)
     return sizes if tie else sizes | {"lm_head.weight": (shape.vocab_size, hidden)}
 
@@ -291,10 +449,13 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) 
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(folder: Path, specials: tuple[str, ...], bos: str, chat: str) -> None:
+def _write_tokenizer(
+    folder: Path, specials: tuple[str, ...], bos: str, chat: str, specials_first: bool = False
+) -> None:
     """A byte-level tokenizer without merges: any text survives a round trip."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokens = [*specials, *alphabet] if specials_first else [*alphabet, *specials]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(specials))

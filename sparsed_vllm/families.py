@@ -49,5 +49,4 @@ DREAM = Family(
     shifts_logits=True,
 )
 
-FAMILIES = {"LLaDAModelLM": LLADA, "DreamModel": DREAM}
-"""Family by the name in a checkpoint's `architectures`."""
+FAMILIES = (LLADA, DREAM)

@@ -1,101 +1,238 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The authors' config.json files, read without their remote code, under the names vLLM uses."""
+"""A checkpoint's config.json, read without its remote code, under the names that vLLM uses."""
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from sparsed_vllm.models.registry import FOREIGN, MODELS, ModelSpec, find_class
+from sparsed_vllm.models.rotary import ORIGINAL, is_positive, one_rotary, standard_rotary
 
-class LLaDAConfig(PretrainedConfig):
-    """config.json of GSAI-ML/LLaDA-8B-* and LLaDA-1.5.
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
-    Their keys stay; vLLM's names for the same things are aliases.
+
+@dataclass(frozen=True)
+class Computed:
+    """A key of config.json for which our network computes some values and no others.
+
+    default: what the model's own code assumes where config.json is silent
+    served: the values that are computed
+    otherwise: what other values would need
     """
 
-    model_type = "llada"
-    attribute_map = {  # noqa: RUF012 (transformers declares it so)
-        "hidden_size": "d_model",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "num_hidden_layers": "n_layers",
-        "intermediate_size": "mlp_hidden_size",
-        "max_position_embeddings": "max_sequence_length",
-    }
-
-    def __init__(
-        self,
-        d_model: int = 4096,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        n_layers: int = 32,
-        mlp_hidden_size: int = 12288,
-        max_sequence_length: int = 4096,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        weight_tying: bool = False,
-        include_bias: bool = False,
-        include_qkv_bias: bool = False,
-        mask_token_id: int = 126336,
-        eos_token_id: int = 126081,
-        pad_token_id: int = 126081,
-        **kwargs: Any,
-    ) -> None:
-        self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        self.n_layers = n_layers
-        self.mlp_hidden_size = mlp_hidden_size
-        self.max_sequence_length = max_sequence_length
-        # The embedding's rows, which the authors may pad beyond the tokens in use.
-        self.vocab_size = embedding_size or vocab_size
-        self.rms_norm_eps = rms_norm_eps
-        self.hidden_act = "silu"
-        self.attention_bias = include_bias or include_qkv_bias
-        self.mask_token_id = mask_token_id
-        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
-        kwargs["tie_word_embeddings"] = weight_tying
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+    default: Any
+    served: tuple[Any, ...]
+    otherwise: str
 
 
-class DreamConfig(PretrainedConfig):
-    """config.json of Dream-org/Dream-v0-* and apple/DiffuCoder-*: Qwen2's keys and a mask."""
+class DenoisingConfig(PretrainedConfig):
+    """Base of our configuration classes: each lists every key of its model's own class.
 
-    model_type = "Dream"
+    A key is honoured, or refused where its value is not computed (`refusals`), or harmless:
+    without an effect on what an engine computes.
+    """
 
-    def __init__(
-        self,
-        vocab_size: int = 152064,
-        hidden_size: int = 3584,
-        intermediate_size: int = 18944,
-        num_hidden_layers: int = 28,
-        num_attention_heads: int = 28,
-        num_key_value_heads: int | None = None,
-        hidden_act: str = "silu",
-        max_position_embeddings: int = 131072,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1e6,
-        rope_scaling: dict[str, Any] | None = None,
-        mask_token_id: int = 151666,
-        pad_token_id: int = 151643,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.attention_bias = True  # of q, k and v; the output projection has none
-        self.mask_token_id = mask_token_id
-        rope = {"rope_type": "default", **(rope_scaling or {})}
-        self.rope_parameters = {**rope, "rope_theta": rope_theta}
-        super().__init__(
-            pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
-        )
+    honoured: ClassVar[dict[str, Any]] = {}  # key -> default of the model's own class
+    computed: ClassVar[dict[str, Computed]] = {}
+    harmless: ClassVar[frozenset[str]] = frozenset()
+
+    if TYPE_CHECKING:  # to transformers, an annotation makes a field
+
+        def __getattr__(self, key: str) -> Any: ...
+
+    def __post_init__(self, **given: Any) -> None:
+        """Called by transformers with all of config.json but the keys that every model has."""
+        given = self._without_aliases(given)
+        rope = one_rotary(given, self.honoured.get("rope_theta"))
+        defaults = {key: computed.default for key, computed in self.computed.items()}
+        ours = {**self.honoured, **defaults, "mask_token_id": self.spec().mask_token_id}
+        del ours["rope_theta"]
+        for key, default in ours.items():
+            setattr(self, key, given.pop(key, default))
+        self.rope_parameters = rope
+        for key, value in self.derived().items():
+            setattr(self, key, value)
+        super().__post_init__(**given)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of the class that `architectures` names, where it names one of ours.
+
+        Models may share a model_type, by which transformers chose `cls`. Raises ValueError for
+        a model that shares it and is not served.
+        """
+        if not config_dict.get("architectures"):
+            config_dict = {**config_dict, "architectures": [cls.spec().architecture]}
+        named = cls
+        for architecture in config_dict["architectures"]:
+            if architecture in FOREIGN:
+                raise ValueError(FOREIGN[architecture].refusal())
+            if architecture in MODELS:
+                named = find_class(MODELS[architecture].config)
+        return super(DenoisingConfig, named).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def spec(cls) -> ModelSpec:
+        """The entry of the model whose configuration this is."""
+        return next(spec for spec in MODELS.values() if find_class(spec.config) is cls)
+
+    def derived(self) -> dict[str, Any]:
+        """Keys that config.json may leave to others, with the values that follow from those."""
+        return {}
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # Overrides (vLLM's hf_overrides) come one by one, after all else; the last one counts.
+        if key in ("rope_scaling", "rope_parameters"):
+            theta = self.__dict__.get("rope_parameters", {}).get("rope_theta")
+            length = self.max_position_embeddings
+            key, value = "rope_parameters", standard_rotary(value, theta, length)
+        elif key == "rope_theta":
+            key, value = "rope_parameters", {**self.rope_parameters, "rope_theta": value}
+        super().__setattr__(key, value)
+
+    @property
+    def rope_theta(self) -> float | None:
+        """The base of the rotary embedding; rope_parameters holds it."""
+        theta: float | None = self.rope_parameters["rope_theta"]
+        return theta
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return False
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return False
+
+    @property
+    def feed_forward_bias(self) -> bool:
+        return False
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed, head by head, before they are rotated."""
+        return False
+
+    @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+    @property
+    def experts(self) -> int:
+        """Experts in a layer's feed-forward; 0: it is one network for all tokens."""
+        return 0
+
+    @property
+    def positions(self) -> float:
+        """How many positions vLLM's table of the rotary embedding has."""
+        rope, length = self.rope_parameters, self.max_position_embeddings
+        if rope["rope_type"] == "yarn":
+            return float(rope[ORIGINAL] * rope["factor"])
+        return float(length * rope["factor"] if rope["rope_type"] == "linear" else length)
+
+    def refusals(self) -> Iterator[str]:
+        """What this configuration asks for and the network does not compute, key by key."""
+        for key, computed in self.computed.items():
+            value = getattr(self, key)
+            if value not in computed.served:
+                allowed = " or ".join(repr(served) for served in computed.served)
+                yield f"{key} must be {allowed}, got {value!r}: {computed.otherwise}"
+        yield from self._wrong_sizes()
+        yield from self._wrong_numbers()
+        mask, vocab_size = self.mask_token_id, self.vocab_size
+        if not (_is_integer(mask) and 0 <= mask < vocab_size):
+            yield (
+                f"mask_token_id must be a token in [0, {vocab_size - 1}] (vocabulary), got "
+                f"{mask!r}: it is what a place holds until it is filled"
+            )
+
+    def known_keys(self) -> frozenset[str]:
+        """The keys that this class reads, under all their names."""
+        rope = ("rope_scaling", "rope_parameters", "mask_token_id")
+        return frozenset({*self.honoured, *self.computed, *self.attribute_map, *rope})
+
+    def _without_aliases(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Every value under its key, where the file uses transformers' name for it."""
+        named = dict(given)
+        for alias, key in self.attribute_map.items():
+            if alias not in named:
+                continue
+            value = named.pop(alias)
+            if named.setdefault(key, value) != value:
+                raise ValueError(
+                    f"config.json says {key}: {named[key]!r} and {alias}: {value!r}, which are two "
+                    "names of one thing. Remove one."
+                )
+        return named
+
+    def _wrong_sizes(self) -> Iterator[str]:
+        wrong = [name for name in _SIZES if not _is_integer(getattr(self, name), at_least=1)]
+        for name in wrong:
+            key = self.attribute_map.get(name, name)
+            yield f"{key} must be an integer over 0, got {getattr(self, key)!r}"
+        if wrong:
+            return
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        head_dim, rest = divmod(self.hidden_size, heads)
+        if rest or head_dim % 2:
+            yield f"{heads} heads must share {self.hidden_size} dimensions evenly, two by two"
+        if heads % kv_heads:
+            yield f"{heads} query heads must share {kv_heads} key heads evenly"
+        if getattr(self, "head_dim", None) not in (None, head_dim):
+            yield (
+                f"head_dim must be absent or {head_dim} ({self.hidden_size} / {heads}), got "
+                f"{self.head_dim!r}: no model of this architecture has heads of another size"
+            )
+
+    def _wrong_numbers(self) -> Iterator[str]:
+        for key in ("rope_theta", "rms_norm_eps"):
+            if not is_positive(getattr(self, key)):
+                yield f"{key} must be a number over 0, got {getattr(self, key)!r}"
+        for key, default in self.honoured.items():
+            if isinstance(default, bool) and not isinstance(getattr(self, key), bool):
+                yield f"{key} must be true or false, got {getattr(self, key)!r}"
+        if not all(_is_integer(token) for token in _tokens(getattr(self, "eos_token_id", None))):
+            yield f"eos_token_id must be a token or a list of tokens, got {self.eos_token_id!r}"
+        if "mrope_section" in self.rope_parameters:
+            yield "rope_parameters must have no mrope_section: these models see text only"
+
+
+def _is_integer(value: Any, at_least: int | None = None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return at_least is None or value >= at_least
+
+
+def _tokens(value: Any) -> list[Any]:
+    """A file's one token, list of tokens or null as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+class ForeignConfig(PretrainedConfig):
+    """config.json of a model that is refused by name, unless another plugin serves it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        from vllm.model_executor.models import ModelRegistry
+
+        for architecture in config_dict.get("architectures") or ():
+            if architecture in ModelRegistry.models:
+                break
+            if architecture in FOREIGN:
+                raise ValueError(FOREIGN[architecture].refusal())
+        return super().from_dict(config_dict, **kwargs)

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Settings of vLLM that our models need, made when vLLM resolves a model's configuration."""
 
+from vllm import envs
 from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.config.quantization import QuantizationConfigArgs
@@ -9,10 +10,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from sparsed_vllm.admission import sparse_config_of
-from sparsed_vllm.compat import missing_seams
-from sparsed_vllm.crossover import crossover_on
-from sparsed_vllm.limits import Limits
+from sparsed_vllm.admission import reuse_config_of, sparse_config_of
+from sparsed_vllm.config import CROSSOVER, SparseConfig
+from sparsed_vllm.kernels.layout import PAGE
+from sparsed_vllm.limits import wants_early_errors
+from sparsed_vllm.models.config_check import check_config
+from sparsed_vllm.models.defaults import settle_defaults
+from sparsed_vllm.patches.apply import apply_all
+from sparsed_vllm.patches.inventory import SERVER_PATCHES
+from sparsed_vllm.reuse import ReuseConfig
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -28,45 +34,44 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
 
         Raises ValueError for settings that cannot work with these models.
         """
-        if missing := missing_seams():
-            raise ValueError(f"this vLLM lacks what sparsed-vllm builds on: {', '.join(missing)}")
+        check_config(vllm_config.model_config)
         _refuse_unsupported(vllm_config)
-        logger.info(
-            "Prefix caching and chunked prefill are off: every denoising step computes a request's "
-            "whole sequence anew."
-        )
+        if wants_early_errors(vllm_config):
+            apply_all(SERVER_PATCHES)
+        logger.info("Prefix caching and chunked prefill are off: a step never splits a sequence.")
+        if reuse := reuse_config_of(vllm_config):
+            logger.info("Requests may reuse keys and values between steps: %s.", reuse)
         vllm_config.attention_config.use_non_causal = True  # rules out backends that cannot
         vllm_config.cache_config.enable_prefix_caching = False
         if vllm_config.compilation_config.cudagraph_mode is None:
             # Full graphs are for decodes of a few tokens; no step here is one.
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         _schedule_whole_sequences(vllm_config.scheduler_config, vllm_config.model_config)
-        _default_to_temperature_zero(vllm_config.model_config)
-        _set_default_length(vllm_config)
-        if sparse_config_of(vllm_config) is None:
-            logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
-        else:
-            _settle_min_length(vllm_config)
+        settle_defaults(vllm_config)
+        _log_sparsity(sparse_config_of(vllm_config))
 
 
-def _settle_min_length(vllm_config: VllmConfig) -> None:
-    """Write the length from which requests run sparse into the settings, unless it is there.
-
-    Once, here: all processes of the engine read it, and some may see another device or none.
-    """
-    given = vllm_config.additional_config
-    settings = given.get("sparsed", {}) if isinstance(given, dict) else {}
-    length, reason = crossover_on(current_platform.get_device_name())
-    if "min_length" in settings:
-        length, reason = settings["min_length"], "as sparsed.min_length says"
-    elif isinstance(given, dict):
-        vllm_config.additional_config = {**given, "sparsed": {**settings, "min_length": length}}
-    logger.info("Requests of %d tokens or more run sparse, if they do not say: %s.", length, reason)
+def _log_sparsity(config: SparseConfig | None) -> None:
+    """Say which requests run sparse, and why."""
+    if config is None:
+        logger.info("Sparse attention is off: it needs --attention-backend sparsed.")
+        return
+    reason = "where sparse steps become a tenth faster on an H100"
+    if config.min_length != CROSSOVER:
+        reason = "as sparsed.min_length says"
+    elif "H100" not in (device := current_platform.get_device_name()):
+        reason = f"the length measured on an H100; {device} was not measured"
+    logger.info(
+        "Requests of %d tokens or more run sparse unless they set use_sparsed: %s.",
+        config.min_length,
+        reason,
+    )
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
-    parallel = vllm_config.parallel_config
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    is_sparse = sparse_config_of(vllm_config) is not None
     refused = {
         "the V1 model runner": (
             not vllm_config.use_v2_model_runner,
@@ -121,13 +126,42 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "probabilities are the model's own; leave it out",
         ),
         "--enable-dbo": (parallel.enable_dbo, "leave it out"),
+        f"reuse of keys and values on {vllm_config.attention_config.backend}": (
+            not is_sparse and ReuseConfig.of(vllm_config.additional_config) is not None,
+            "serve with --attention-backend sparsed, or leave reuse out of --additional-config",
+        ),
+        f"--kv-cache-dtype {cache.cache_dtype}": (
+            is_sparse and cache.cache_dtype not in ("auto", str(model.dtype).split(".")[-1]),
+            "pages hold keys and values as the model computes them, or none; leave it out",
+        ),
+        f"--block-size {cache.block_size}": (
+            is_sparse and cache.user_specified_block_size and cache.block_size % PAGE != 0,
+            f"a page owns the block tables of {PAGE} tokens; leave it out",
+        ),
+        "--enable-expert-parallel": (
+            parallel.enable_expert_parallel,
+            "use --tensor-parallel-size, which shares out every layer's experts",
+        ),
+        "VLLM_USE_LAYERNAME=0 and experts": (
+            not getattr(envs, "VLLM_USE_LAYERNAME", True) and bool(model.hf_config.experts),
+            "vLLM then counts calls to find a layer's experts, and CUDA graphs make none; unset it",
+        ),
+        "--data-parallel-size > 1 and experts": (
+            parallel.data_parallel_size > 1 and bool(model.hf_config.experts),
+            "ranks would exchange tokens in a last layer that each runs for rows of its own; "
+            "start servers of their own",
+        ),
         f"--quantization {model.quantization} on a CPU": (
             _lacks_kernel(model),
             "vLLM's CPU build cannot scale by tensor; use fp8_per_channel",
         ),
+        f"--quantization {model.quantization} of experts on a CPU": (
+            _lacks_kernel_for_experts(model),
+            "vLLM's CPU build has no kernel for it; use int8_per_channel_weight_only",
+        ),
         f"--quantization {model.quantization}": (
-            _quantizes_experts_only(model),
-            "it quantizes experts, which they have none of; use fp8_per_channel",
+            _quantizes_experts_only(model) and not model.hf_config.experts,
+            "it quantizes experts, which this model has none of; use fp8_per_channel",
         ),
         "--return-sampling-mask": (
             model.return_sampling_mask,
@@ -144,6 +178,12 @@ def _lacks_kernel(model: ModelConfig) -> bool:
     is_online = getattr(model.hf_config, "quantization_config", None) is None
     scales_by_tensor = model.quantization in ("fp8", "fp8_per_tensor")
     return current_platform.is_cpu() and is_online and scales_by_tensor
+
+
+def _lacks_kernel_for_experts(model: ModelConfig) -> bool:
+    is_online = getattr(model.hf_config, "quantization_config", None) is None
+    has_experts, scheme = bool(model.hf_config.experts), model.quantization
+    return current_platform.is_cpu() and is_online and has_experts and scheme == "fp8_per_channel"
 
 
 def _quantizes_experts_only(model: ModelConfig) -> bool:
@@ -171,19 +211,3 @@ def _schedule_whole_sequences(scheduler: SchedulerConfig, model: ModelConfig) ->
                 model.max_model_len,
             )
             setattr(scheduler, budget, model.max_model_len)
-
-
-def _default_to_temperature_zero(model: ModelConfig) -> None:
-    """What a request that names no temperature gets; OpenAI's 1.0 is wrong for these models."""
-    if model.generation_config == "vllm":
-        return  # The user asked for vLLM's own defaults.
-    if "temperature" not in model.try_get_generation_config():
-        model.override_generation_config.setdefault("temperature", 0.0)
-
-
-def _set_default_length(vllm_config: VllmConfig) -> None:
-    """What a request that names no length gets; patches/default_length.py hands it out."""
-    model = vllm_config.model_config
-    limits = Limits.of(vllm_config.additional_config)
-    checkpoint_s = model.get_diff_sampling_param().get("max_tokens")
-    model.hf_config.default_max_tokens = limits.default_length(checkpoint_s)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The transformer that LLaDA and Dream share, of vLLM's layers: pre-norm, SwiGLU, rotary."""
+"""The transformer that all our models share, of vLLM's layers: pre-norm, SwiGLU, rotary."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,24 +28,70 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import (
+    WeightsMapper,
+    extract_layer_index,
+    maybe_prefix,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from sparsed_vllm.admission import sparse_config_of
-from sparsed_vllm.attention import SparsedBackend
+from sparsed_vllm.admission import reuse_config_of, sparse_config_of
+from sparsed_vllm.attention import SparsedBackend, SparsedImpl
+from sparsed_vllm.config import BLOCK_SIZES
+from sparsed_vllm.kernels.layout import id_dtype, num_blocks
 from sparsed_vllm.model_state import DenoisingModelState
+from sparsed_vllm.models.checkpoint import load_checkpoint
+from sparsed_vllm.models.experts import Experts
+from sparsed_vllm.models.kernel_check import check_kernels
+from sparsed_vllm.pages import PageLayout
+from sparsed_vllm.tables import TablePages
 
 
-def _our_backend(vllm_config: VllmConfig) -> dict[str, Any]:
+class BidirectionalAttention(Attention):
+    """vLLM's layer, whose pages hold block tables where the backend is ours."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = super().get_kv_cache_spec(vllm_config)
+        if spec is None or not isinstance(self.impl, SparsedImpl):
+            return spec
+        return replace(spec, num_head_slots=1, state_content_bytes=self.impl.pages.bytes_per_token)
+
+
+def _our_backend(
+    vllm_config: VllmConfig, prefix: str, num_heads: int, num_kv_heads: int, head_size: int
+) -> dict[str, Any]:
     """Arguments that give a layer our backend, which not every platform would pick by name.
 
-    Nothing if the user named another one: the models run on it, dense.
+    prefix: the layer's name;  num_heads, num_kv_heads: of this rank
+    Nothing if the user named another backend: the models run on it, dense.
     """
     sparse_config = sparse_config_of(vllm_config)
     if sparse_config is None:
         return {}
-    num_heads = vllm_config.model_config.hf_config.num_attention_heads
-    scoring_scale = num_heads**-0.5 if sparse_config.published_scale else None
-    return {"attn_backend": SparsedBackend, "scoring_scale": scoring_scale}
+    if head_size not in SparsedBackend.get_supported_head_sizes():
+        sizes = ", ".join(str(size) for size in SparsedBackend.get_supported_head_sizes())
+        raise ValueError(
+            f"Heads must have {sizes} dimensions, got {head_size}: there is no kernel for others. "
+            "Name another --attention-backend, to run dense."
+        )
+    reuse = reuse_config_of(vllm_config)
+    layer = extract_layer_index(prefix)
+    num_layers = vllm_config.model_config.hf_config.num_hidden_layers
+    longest = vllm_config.model_config.max_model_len
+    ids = id_dtype(num_blocks(longest, min(BLOCK_SIZES)))
+    return {
+        "attn_backend": SparsedBackend,
+        "pages": PageLayout(
+            num_kv_heads,
+            head_size,
+            vllm_config.model_config.dtype,
+            holds_kv=reuse is not None,
+            tables=TablePages(num_heads, sparse_config.table_ids, ids),
+        ),
+        "max_num_tokens": vllm_config.scheduler_config.max_num_batched_tokens,
+        "max_model_len": longest,
+        "notes_mass": reuse is not None and layer >= num_layers * (1 - reuse.layers),
+    }
 
 
 class SelfAttention(nn.Module):
@@ -60,31 +107,34 @@ class SelfAttention(nn.Module):
             head_dim,
             config.num_attention_heads,
             config.num_key_value_heads,
-            bias=config.attention_bias,
+            bias=config.qkv_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
             config.hidden_size,
             config.hidden_size,
-            bias=False,
+            bias=config.output_bias,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.rotary_emb = get_rope(
             head_dim,
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
-        self.attn = Attention(
-            config.num_attention_heads // get_tensor_model_parallel_world_size(),
+        num_heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        self.attn = BidirectionalAttention(
+            num_heads,
             head_dim,
             scale=head_dim**-0.5,
             num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            **_our_backend(vllm_config),
+            **_our_backend(vllm_config, prefix, num_heads, self.qkv_proj.num_kv_heads, head_dim),
         )
         self.widths = [
             size * head_dim
@@ -99,8 +149,14 @@ class SelfAttention(nn.Module):
         """positions [tokens], hidden_states [tokens, hidden_size] -> q, k, v [tokens, its width]"""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._norm_heads(self.q_norm, q), self._norm_heads(self.k_norm, k)
         q, k = self.rotary_emb(positions, q, k)
         return q, k, v
+
+    def _norm_heads(self, norm: RMSNorm, rows: Tensor) -> Tensor:
+        """rows [tokens, heads * head_dim], normed head by head"""
+        return norm(rows.unflatten(-1, (-1, self.attn.head_size)).contiguous()).flatten(-2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [rows, its width], k, v [tokens, ...] -> [rows, hidden_size]"""
@@ -117,14 +173,14 @@ class FeedForward(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size,
             [config.intermediate_size] * 2,
-            bias=False,
+            bias=config.feed_forward_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.gate_up_proj",
         )
         self.down_proj = RowParallelLinear(
             config.intermediate_size,
             config.hidden_size,
-            bias=False,
+            bias=config.feed_forward_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.down_proj",
         )
@@ -146,7 +202,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(vllm_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(vllm_config, f"{prefix}.mlp")
+        feed_forward = Experts if config.experts else FeedForward
+        self.mlp = feed_forward(vllm_config, f"{prefix}.mlp")
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor
@@ -209,7 +266,7 @@ class Transformer(nn.Module):
         return layer
 
     def run(self, input_ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
-        """input_ids, positions [tokens] -> [tokens, hidden_size], worth something at `rows` only
+        """input_ids, positions [tokens] -> [tokens, hidden_size], valid only at `rows`
 
         rows int64 [n], each once: the tokens whose hidden states are read; None: all
         """
@@ -225,13 +282,12 @@ class Transformer(nn.Module):
         return residual.index_copy_(0, rows, hidden_states)
 
 
-STACKED = {
+QKV = {
     ".q_proj": (".qkv_proj", "q"),
     ".k_proj": (".qkv_proj", "k"),
     ".v_proj": (".qkv_proj", "v"),
-    ".gate_proj": (".gate_up_proj", 0),
-    ".up_proj": (".gate_up_proj", 1),
 }
+STACKED = {**QKV, ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
 """Tensors that vLLM's layers hold as one: name -> (name of the whole, part of it)."""
 
 
@@ -248,6 +304,8 @@ class MaskPredictor(nn.Module, SupportsQuant):
         super().__init__()
         config: PretrainedConfig = vllm_config.model_config.hf_config
         self.config = config
+        self.vllm_config = vllm_config
+        self.is_loaded = False
         self.model = Transformer(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -257,7 +315,12 @@ class MaskPredictor(nn.Module, SupportsQuant):
         )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=config.logit_scale)
+
+    @property
+    def last_attention_name(self) -> str:
+        """Of the layer that attends for few rows; vLLM knows its metadata by this name."""
+        return str(self.model.last_layer.self_attn.attn.layer_name)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -277,12 +340,25 @@ class MaskPredictor(nn.Module, SupportsQuant):
         return self.model.run(input_ids, positions, rows)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """[rows, hidden_size] -> [rows, vocab]"""
+        """The hidden states as they are: the sampler runs the head, over slices of the rows."""
+        return hidden_states
+
+    def score(self, hidden_states: Tensor) -> Tensor:
+        """[rows, hidden_size] -> logits [rows, vocab]"""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; returns the names of ours that were loaded."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Load a checkpoint's tensors; returns the names of ours that were loaded.
+
+        The first load must bring all of them, later ones (of RL trainers) may be partial. Raises
+        ValueError that names tensors which are missing, unknown or of another shape.
+        """
+        return load_checkpoint(self, weights, self.hf_to_vllm_mapper, partial=self.is_loaded)
+
+    def process_weights_after_loading(self) -> None:
+        """Called by vLLM when every layer has its weights in its kernel's format."""
+        self.is_loaded = True
+        check_kernels(self, self.vllm_config)
 
     @staticmethod
     def get_model_state_cls() -> type[DenoisingModelState]:

@@ -3,6 +3,7 @@
 """Reading the authors' config.json, and what vLLM is told to do differently."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -94,15 +95,23 @@ def test_temperature_defaults_to_zero_unless_the_checkpoint_has_its_own(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("given", "length"), [({}, 4242), ({"skip": 0.1}, 4242), ({"min_length": 7}, 7)], ids=str
+    ("given", "device", "said"),
+    [
+        ({}, "NVIDIA H100 80GB HBM3", "8192 tokens or more .* on an H100"),
+        ({"skip": 0.1}, "NVIDIA B200", "8192 tokens or more .* B200 was not measured"),
+        ({"min_length": 7}, "NVIDIA B200", "7 tokens or more .* as sparsed.min_length says"),
+    ],
+    ids=str,
 )
-def test_requests_run_sparse_from_the_device_s_crossover_unless_the_user_says(
-    tmp_path, monkeypatch, given, length
+def test_the_log_says_from_which_length_requests_run_sparse_and_why(
+    tmp_path, monkeypatch, caplog, given, device, said
 ):
-    monkeypatch.setattr("sparsed_vllm.models.hook.crossover_on", lambda _: (4242, "measured"))
-    config = vllm_config(write_llada(tmp_path), additional_config={"sparsed": given, "other": 1})
-    assert sparse_config_of(config) == replace(SparseConfig(), **{**given, "min_length": length})
-    assert config.additional_config["other"] == 1
+    monkeypatch.setattr(hook.current_platform, "get_device_name", lambda: device)
+    monkeypatch.setattr(hook.logger, "propagate", True)
+    with caplog.at_level("INFO", logger="vllm.sparsed.config"):
+        config = vllm_config(write_llada(tmp_path), additional_config={"sparsed": given})
+    assert re.search(said, caplog.text)
+    assert sparse_config_of(config) == replace(SparseConfig(), **given)
 
 
 def test_a_user_s_own_default_is_kept(tmp_path):
@@ -115,6 +124,8 @@ def test_a_user_s_own_default_is_kept(tmp_path):
     ("args", "message"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"block_size": 64}, "--block-size 64"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "--decode-context"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"enable_expert_parallel": True}, "experts"),

@@ -4,8 +4,11 @@
 
 Networks and loops are written after the authors' published code, for temperature 0:
   LLaDA      modeling_llada.py, generate.py (github.com/ML-GSAI/LLaDA; arXiv 2502.09992)
+  iLLaDA     modeling_illada.py (arXiv 2606.25331); LLaDA's loop, the mask being token 5
+  LLaDA-MoE  modeling_lladamoe.py (inclusionAI/LLaDA-MoE-7B-A1B-Base); LLaDA's loop
   Dream      modeling_dream.py, generation_utils.py (github.com/DreamLM/Dream; arXiv 2508.15487)
   threshold  llada/generate.py (github.com/NVlabs/Fast-dLLM; arXiv 2505.22618)
+  YaRN       arXiv 2309.00071, sections 3.2 to 3.4;  Llama 3.1's scaling: arXiv 2407.21783
 The differences, all of them the server's rules:
   the mask token is never predicted and the prompt never changed (forbid_mask=False: as theirs);
   lengths need not divide evenly (split_steps); Dream may run in blocks, each as a run of its own.
@@ -14,7 +17,7 @@ The differences, all of them the server's rules:
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +31,34 @@ Affine = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """SwiGLU."""
+
+    gate: Affine
+    up: Affine
+    down: Affine
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(silu(linear(x, *self.gate)) * linear(x, *self.up), *self.down)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Each token takes the top_k likeliest experts, each weighed by its probability of all."""
+
+    router: Tensor  # [experts, hidden]
+    experts: list[FeedForward]
+    top_k: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [L, hidden] -> [L, hidden]"""
+        weights, chosen = linear(x, self.router).softmax(dim=-1).topk(self.top_k)
+        outputs = torch.stack([expert(x) for expert in self.experts])  # [experts, L, hidden]
+        taken = outputs[chosen, torch.arange(len(x))[:, None]]  # [L, top_k, hidden]
+        return (weights[:, :, None] * taken).sum(dim=1)
+
+
+@dataclass(frozen=True)
 class Layer:
     attn_norm: Tensor
     q: Affine
@@ -35,9 +66,9 @@ class Layer:
     v: Affine
     o: Affine
     mlp_norm: Tensor
-    gate: Affine
-    up: Affine
-    down: Affine
+    mlp: FeedForward | Mixture
+    q_norm: Tensor | None = None  # [head_dim]
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +83,8 @@ class Network:
     num_kv_heads: int
     rope_theta: float
     eps: float
+    rope_scaling: dict = field(default_factory=dict)  # of config.json, with its original length
+    logit_scale: float = 1.0
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -59,8 +92,8 @@ class Network:
         x = self.embedding[ids[0]]
         for layer in self.layers:
             x = x + self.attention(layer, rms_norm(x, layer.attn_norm, self.eps))
-            x = x + swiglu(layer, rms_norm(x, layer.mlp_norm, self.eps))
-        return linear(rms_norm(x, self.norm, self.eps), self.head)[None]
+            x = x + layer.mlp(rms_norm(x, layer.mlp_norm, self.eps))
+        return linear(rms_norm(x, self.norm, self.eps), self.head)[None] * self.logit_scale
 
     def attention(self, layer: Layer, x: Tensor) -> Tensor:
         """x [L, hidden] -> [L, hidden], softmax(q k / sqrt(head_dim)) v without a mask."""
@@ -75,74 +108,138 @@ class Network:
             linear(x, *part).unflatten(-1, (-1, head_dim)).transpose(0, 1)
             for part in (layer.q, layer.k, layer.v)
         )
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, self.eps), rms_norm(k, layer.k_norm, self.eps)
         k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0) for t in (k, v))
-        return rotate(q, self.rope_theta), rotate(k, self.rope_theta), v
+        turns, scale = frequencies(head_dim, self.rope_theta, self.rope_scaling)
+        return rotate(q, turns, scale), rotate(k, turns, scale), v
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
 
 
-def swiglu(layer: Layer, x: Tensor) -> Tensor:
-    return linear(silu(linear(x, *layer.gate)) * linear(x, *layer.up), *layer.down)
-
-
-def rotate(x: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, turns: Tensor, scale: float = 1.0) -> Tensor:
     """Rotary embedding of x [heads, L, head_dim]; dimension d turns with d + head_dim / 2."""
     half = x.shape[-1] // 2
-    frequency = 1.0 / theta ** (torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequency  # [L, half]
+    angle = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * turns  # [L, half]
     a, b = x[..., :half], x[..., half:]
-    sin, cos = angle.sin(), angle.cos()
+    sin, cos = scale * angle.sin(), scale * angle.cos()
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[Tensor, float]:
+    """Turns a token of each pair of dimensions [head_dim / 2], and the length of what is turned."""
+    half = head_dim // 2
+    turns = 1.0 / theta ** (torch.arange(half, dtype=torch.float32) / half)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return turns, 1.0
+    factor = scaling["factor"]
+    if kind == "linear":
+        return turns / factor, 1.0
+    length = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        rotations = length * turns / (2 * math.pi)  # within the original length
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return turns * kept + turns / factor * (1 - kept), 1.0
+    assert kind == "yarn", kind
+
+    def dimension(rotations: float) -> float:
+        """The pair that turns so often within the original length."""
+        return half * math.log(length / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low = max(math.floor(dimension(32)), 0)
+    high = min(math.ceil(dimension(1)), head_dim - 1)
+    ramp = ((torch.arange(half) - low) / (high - low)).clamp(0, 1)
+    return turns * (1 - ramp) + turns / factor * ramp, 0.1 * math.log(factor) + 1.0
 
 
 def load_llada(path: str | Path) -> Network:
     """Load a folder in LLaDA's layout (GSAI-ML/LLaDA-8B-Instruct, GSAI-ML/LLaDA-1.5)."""
     config, weights = _read_config(path), _read_weights(path)
     top = "model.transformer."
-    names = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out")
-    names += ("ff_norm", "ff_proj", "up_proj", "ff_out")
+    names = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm")
+    mlp = ("ff_proj", "up_proj", "ff_out")
     head = "wte" if config["weight_tying"] else "ff_out"
     return Network(
         embedding=weights[top + "wte.weight"],
-        layers=[_layer(weights, f"{top}blocks.{i}.", names) for i in range(config["n_layers"])],
+        layers=[
+            _layer(weights, block, names, _feed_forward(weights, block, mlp))
+            for block in (f"{top}blocks.{i}." for i in range(config["n_layers"]))
+        ],
         norm=weights[top + "ln_f.weight"],
         head=weights[f"{top}{head}.weight"],
         num_heads=config["n_heads"],
         num_kv_heads=config["n_kv_heads"] or config["n_heads"],
         rope_theta=config["rope_theta"],
         eps=config["rms_norm_eps"],
+        rope_scaling=_scaling(config, config["max_sequence_length"]),
+        logit_scale=config["d_model"] ** -0.5 if config["scale_logits"] else 1.0,
     )
 
 
 def load_dream(path: str | Path) -> Network:
-    """Load a folder in Dream's layout (Dream-org/Dream-v0-Instruct-7B, apple/DiffuCoder-7B)."""
+    """Load a folder in Dream's layout (Dream-org/Dream-v0-Instruct-7B, apple/DiffuCoder-7B).
+
+    iLLaDA's is the same (GSAI-ML/iLLaDA-8B-Instruct), and LLaDA-MoE's but for the feed-forward.
+    """
     config, weights = _read_config(path), _read_weights(path)
-    attn, num_layers = "self_attn.", config["num_hidden_layers"]
+    attn = "self_attn."
     names = ("input_layernorm", attn + "q_proj", attn + "k_proj", attn + "v_proj", attn + "o_proj")
-    names += ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names += ("post_attention_layernorm",)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     return Network(
         embedding=weights["model.embed_tokens.weight"],
-        layers=[_layer(weights, f"model.layers.{i}.", names) for i in range(num_layers)],
+        layers=[
+            _layer(weights, f"model.layers.{i}.", names, _qwen_mlp(config, weights, i))
+            for i in range(config["num_hidden_layers"])
+        ],
         norm=weights["model.norm.weight"],
         head=weights[f"{head}.weight"],
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"],
         rope_theta=config["rope_theta"],
         eps=config["rms_norm_eps"],
+        rope_scaling=_scaling(config, config["max_position_embeddings"]),
     )
 
 
-def _layer(weights: dict[str, Tensor], prefix: str, names: Sequence[str]) -> Layer:
+load_illada = load_llada_moe = load_dream
+
+
+def _scaling(config: dict, length: int) -> dict:
+    """The file's rope_scaling; YaRN's original length is the model's where it does not say."""
+    scaling = config.get("rope_scaling") or {}
+    return {"original_max_position_embeddings": length, **scaling}
+
+
+def _affine(weights: dict[str, Tensor], name: str) -> Affine:
+    return weights[f"{name}.weight"], weights.get(f"{name}.bias")
+
+
+def _layer(
+    weights: dict[str, Tensor], prefix: str, names: Sequence[str], mlp: FeedForward | Mixture
+) -> Layer:
     """Pick one layer's tensors; names are in the order of Layer's fields."""
+    attn_norm, q, k, v, o, mlp_norm = (_affine(weights, prefix + name) for name in names)
+    norms = (weights.get(f"{prefix}self_attn.{part}_norm.weight") for part in "qk")
+    return Layer(attn_norm[0], q, k, v, o, mlp_norm[0], mlp, *norms)
 
-    def affine(name: str) -> Affine:
-        return weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias")
 
-    attn_norm, q, k, v, o, mlp_norm, gate, up, down = (affine(name) for name in names)
-    return Layer(attn_norm[0], q, k, v, o, mlp_norm[0], gate, up, down)
+def _feed_forward(weights: dict[str, Tensor], prefix: str, names: Sequence[str]) -> FeedForward:
+    return FeedForward(*(_affine(weights, prefix + name) for name in names))
+
+
+def _qwen_mlp(config: dict, weights: dict[str, Tensor], layer: int) -> FeedForward | Mixture:
+    prefix, names = f"model.layers.{layer}.mlp.", ("gate_proj", "up_proj", "down_proj")
+    if "num_experts" not in config:
+        return _feed_forward(weights, prefix, names)
+    experts = [
+        _feed_forward(weights, f"{prefix}experts.{i}.", names) for i in range(config["num_experts"])
+    ]
+    return Mixture(weights[f"{prefix}gate.weight"], experts, config["num_experts_per_tok"])
 
 
 def _read_config(path: str | Path) -> dict:
@@ -171,6 +268,23 @@ class Run:
     def met_a_tie(self, below: float = 1e-5) -> bool:
         """Whether rounding could have tipped a decision, so that no other run must equal this."""
         return self.closest < below
+
+
+def assert_same_tokens(actual: Sequence[Sequence[int]], expected: Sequence[Run]) -> None:
+    """Each request's ids are its run's; runs that rounding could have tipped are left out.
+
+    At least three in four must be left to compare: with fewer, choose other prompts.
+    """
+    decided = [
+        (list(ids), run.ids)
+        for ids, run in zip(actual, expected, strict=True)
+        if not run.met_a_tie()
+    ]
+    assert decided and 4 * len(decided) >= 3 * len(expected), (
+        f"only {len(decided)} of {len(expected)} runs met no tie"
+    )
+    for ids, wanted in decided:
+        assert ids == wanted
 
 
 def llada_generate(

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""A checkpoint's tensors, loaded only if they are all there, all of use and of the right shape."""
+
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import Tensor, nn
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from sparsed_vllm.models.configuration import DenoisingConfig
+from sparsed_vllm.models.experts import Experts
+
+Shapes = dict[str, tuple[int, ...]]
+
+_SHOWN = 6  # names in an error; more follow the same pattern
+
+
+def load_checkpoint(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    mapper: WeightsMapper,
+    *,
+    partial: bool,
+) -> set[str]:
+    """Load `weights` into `model`; returns the names of its parameters that were loaded.
+
+    vLLM's loader drops biases that no layer has, cuts tensors to the layer's size, and leaves
+    a linear layer without its tensors as it was allocated.
+    model: one of ours, with its `config`;  mapper: the checkpoint's names to the model's
+    partial: some tensors may be missing
+    Raises ValueError that names the tensors that are missing, unknown or of another shape.
+    """
+    reader = _Reader(model, mapper, partial)
+    loaded: set[str] = AutoWeightsLoader(model).load_weights(reader.read(weights), mapper=mapper)
+    reader.check()
+    return loaded
+
+
+class _Reader:
+    """Passes on the tensors that the model takes, and remembers the others.
+
+    Names are the checkpoint's (file_name), or the model's without its stacking (name): q_proj, not
+    qkv_proj.
+    """
+
+    def __init__(self, model: nn.Module, mapper: WeightsMapper, partial: bool) -> None:
+        self.partial = partial
+        self.renamer = mapper.get_rename_mapper()
+        self.expected = _expected_shapes(model)
+        self.is_tied = _is_tied(model)
+        self.quantized = _QuantizedNames(model, mapper)
+        self.seen: set[str] = set()
+        self.unknown: list[str] = []
+        self.wrong: list[str] = []
+
+    def read(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for file_name, tensor in weights:
+            name = self.renamer.map_name(file_name) or file_name
+            if name in self.expected:
+                self.seen.add(name)
+                if tuple(tensor.shape) == self.expected[name]:
+                    yield file_name, tensor
+                else:
+                    shape, expected = list(tensor.shape), list(self.expected[name])
+                    self.wrong.append(f"{file_name} ({shape} instead of {expected})")
+            elif name == "lm_head.weight" and self.is_tied and self.partial:
+                continue  # trainers send the tied head beside the embedding
+            elif file_name in self.quantized:
+                yield file_name, tensor
+            elif not _holds_nothing(name, tensor):
+                self.unknown.append(file_name)
+
+    def check(self) -> None:
+        missing = [] if self.partial else [*self.expected.keys() - self.seen]
+        if missing:
+            names = [self._file_name(name) for name in missing]
+            raise ValueError(f"The checkpoint lacks {_listed(names)}, which its config.json needs.")
+        if self.unknown:
+            head = " weight_tying, or tie_word_embeddings, says that the head is the embedding."
+            is_head = self.is_tied and any("layers" not in name for name in self.unknown)
+            raise ValueError(
+                f"The checkpoint holds {_listed(self.unknown)}, which a model of its config.json "
+                f"has no use for; without them it would compute something else."
+                f"{head if is_head else ''}"
+            )
+        if self.wrong:
+            raise ValueError(f"Tensors do not fit config.json: {_listed(self.wrong)}.")
+
+    def _file_name(self, name: str) -> str:
+        """The checkpoint's name for one of the model's."""
+        for theirs, ours in self.renamer.orig_to_new_substr.items():
+            assert ours is not None, "no tensor of ours is dropped by its name"
+            name = name.replace(ours, theirs, 1)
+        return name
+
+
+class _QuantizedNames:
+    """The checkpoint's names of what quantized layers take: packed weights, scales, zero points."""
+
+    def __init__(self, model: nn.Module, mapper: WeightsMapper) -> None:
+        self.parameters = {name for name, _ in model.named_parameters()}
+        self.parameters |= {name for name, _ in model.named_buffers()}
+        self.ignored: tuple[str, ...] = ()
+        self.mapper = mapper
+        config = getattr(model, "quant_config", None)
+        self.is_none = config is None
+        if config is not None:
+            self.mapper |= config.get_cache_scale_mapper()
+            self.mapper |= config.get_checkpoint_weight_mapper()
+            self.ignored = tuple(config._ignore_unexpected_suffixes)
+
+    def __contains__(self, name: str) -> bool:
+        if self.is_none:
+            return False
+        mapped = self.mapper.map_name(name)
+        in_experts = ".mlp.experts." in name  # vLLM's layer of experts checks its own
+        return mapped is None or mapped in self.parameters or in_experts or self._is_ignored(name)
+
+    def _is_ignored(self, name: str) -> bool:
+        return bool(self.ignored) and name.endswith(self.ignored)
+
+
+def _expected_shapes(model: nn.Module) -> Shapes:
+    """Every tensor of the layers that are not quantized, whole, not this rank's part."""
+    shapes: Shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            shapes |= _linear_shapes(name, module)
+        elif isinstance(module, VocabParallelEmbedding):
+            if isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+                shapes[f"{name}.weight"] = (module.org_vocab_size, module.embedding_dim)
+        elif isinstance(module, RMSNorm):
+            shapes[f"{name}.weight"] = tuple(module.weight.shape)
+        elif isinstance(module, Experts) and not module.are_quantized:
+            shapes |= module.tensor_shapes(name)
+    if _is_tied(model):
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def _is_tied(model: nn.Module) -> bool:
+    config = model.config
+    assert isinstance(config, DenoisingConfig)
+    return bool(config.tie_word_embeddings)
+
+
+def _linear_shapes(name: str, linear: LinearBase) -> Shapes:
+    is_plain = isinstance(linear.quant_method, UnquantizedLinearMethod)
+    shapes: Shapes = {}
+    for part, outputs in _parts(name, linear).items():
+        if is_plain:
+            shapes[f"{part}.weight"] = (outputs, linear.input_size)
+        if linear.bias is not None:
+            shapes[f"{part}.bias"] = (outputs,)
+    return shapes
+
+
+def _parts(name: str, linear: LinearBase) -> dict[str, int]:
+    """Outputs of each of the checkpoint's layers that vLLM holds as one."""
+    before, _, own = name.rpartition(".")
+    if isinstance(linear, QKVParallelLinear):
+        q, kv = linear.total_num_heads, linear.total_num_kv_heads
+        heads = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        return {f"{before}.{part}": count * linear.head_size for part, count in heads.items()}
+    if isinstance(linear, MergedColumnParallelLinear):
+        gate, up = linear.output_sizes
+        return {f"{before}.gate_proj": gate, f"{before}.up_proj": up}
+    return {f"{before}.{own}": linear.output_size}
+
+
+def _holds_nothing(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor that no layer takes would change nothing if one did.
+
+    Biases of zeros are GPTQ exporters'; rotary tables follow from config.json.
+    """
+    if tensor.numel() == 0 or ".rotary_emb." in name or name.startswith("rotary_emb."):
+        return True
+    return name.endswith(".bias") and not tensor.any()
+
+
+def _listed(names: Collection[str]) -> str:
+    first = ", ".join(sorted(names)[:_SHOWN])
+    more = len(names) - _SHOWN
+    return f"{first} and {more} more" if more > 0 else first

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Whether the network computes what config.json, with its overrides, says."""
+
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+
+from sparsed_vllm.models.configuration import DenoisingConfig
+from sparsed_vllm.models.registry import FOREIGN, MODELS
+
+logger = init_logger("vllm.sparsed.config")
+
+_VLLM_S_KEYS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "default_max_tokens",  # ours, for patches/default_length.py
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "model_type",
+        "pad_token_id",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""Keys of any model's config.json that vLLM or transformers read."""
+
+_OVERRIDABLE = frozenset(
+    {"architectures", "dtype", "head_dim", "model_type", "quantization_config"}
+)
+"""Those of them whose override takes effect, or is refused."""
+
+_READ_FROM_FILES = frozenset({"eos_token_id", "pad_token_id"})
+"""What vLLM takes from generation_config.json or config.json, and never from an override."""
+
+
+def check_config(model: ModelConfig) -> None:
+    """Raise ValueError for what config.json, or an override of it, says and we do not compute."""
+    if model.architecture not in MODELS:  # vLLM takes X...ForY for XModel
+        foreign = FOREIGN.get(model.architecture)
+        known = f"{model.architecture} is no model of sparsed-vllm, which has {', '.join(MODELS)}"
+        raise ValueError(foreign.refusal() if foreign else f"{known}.")
+    config = model.hf_config
+    if not isinstance(config, DenoisingConfig):
+        raise ValueError(
+            f"{model.architecture} needs sparsed-vllm's reading of config.json, got "
+            f"{type(config).__name__}: leave out model_type in --hf-overrides."
+        )
+    _refuse_overrides(model, config)
+    if refusals := list(config.refusals()):
+        raise ValueError(f"{model.model}'s config.json is not served: {'; '.join(refusals)}.")
+    if model.max_model_len > config.positions:
+        raise ValueError(
+            f"--max-model-len {model.max_model_len} is beyond the {config.positions:.0f} positions "
+            "of the model's rotary embedding. Lower it, or scale the embedding (docs/models.md)."
+        )
+    _name_unknown_keys(config)
+
+
+def _refuse_overrides(model: ModelConfig, config: DenoisingConfig) -> None:
+    """An override that nothing reads would be swallowed."""
+    if not isinstance(model.hf_overrides, dict):
+        return
+    known = (config.known_keys() | _OVERRIDABLE) - _READ_FROM_FILES
+    for key in model.hf_overrides:
+        if key not in known:
+            raise ValueError(
+                f"--hf-overrides sets {key}, which changes nothing for {model.architecture}. It "
+                f"may set {', '.join(sorted(known))}."
+            )
+
+
+def _name_unknown_keys(config: DenoisingConfig) -> None:
+    known = {*config.known_keys(), *config.harmless, *_VLLM_S_KEYS, *PretrainedConfig().to_dict()}
+    unknown = sorted(key for key in config.to_dict() if key not in known)
+    if unknown:
+        logger.warning(
+            "config.json has keys that %s does not know, and nothing here reads: %s.",
+            type(config).__name__,
+            ", ".join(unknown),
+        )

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Installs patches: all of them, or none if vLLM has changed under one."""
+"""Installs patches: all of them, or none if a target is not what its patch was written for."""
 
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+
+from sparsed_vllm.compat import locate
 
 
 @dataclass(frozen=True)
@@ -21,35 +22,23 @@ class Patch:
     later_parameters: tuple[str, ...] = ()  # the names on a later supported vLLM, if they differ
 
 
-class PatchMismatch(RuntimeError):
-    """A patch's target is gone, or takes other parameters than the patch was written for."""
+def apply_all(patches: Sequence[Patch]) -> Callable[[], None]:
+    """Find and check all targets, then replace them. Skips those already replaced.
 
-
-def apply_all(patches: Sequence[Patch]) -> None:
-    """Find and check all targets, then replace them. Does nothing for those already replaced.
-
-    Raises PatchMismatch, with nothing replaced.
+    Returns a function that restores the originals.
+    Raises Unfit if a target is not what its patch was written for, and what a patch raises;
+    every target is then as it was.
     """
-    found = [(patch, *_locate(patch)) for patch in patches]
-    for patch, owner, name, original in found:
-        if hasattr(original, "__unpatched__"):
-            continue
-        replacement = patch.wrap(original)
-        replacement.__unpatched__ = original  # type: ignore[attr-defined]
-        setattr(owner, name, replacement)
-
-
-def _locate(patch: Patch) -> tuple[Any, str, Callable[..., Any]]:
-    """The owner of the target, its name there, and the target."""
-    module, _, path = patch.target.partition(":")
-    *owners, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part, None)
-    original = getattr(owner, name, None)
-    if original is None:
-        raise PatchMismatch(f"{patch.target} does not exist in this vLLM")
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters not in (patch.parameters, patch.later_parameters):
-        raise PatchMismatch(f"{patch.target} takes {parameters}, not {patch.parameters}")
-    return owner, name, original
+    found = [
+        (patch, *locate(patch.target, patch.parameters, patch.later_parameters or patch.parameters))
+        for patch in patches
+    ]
+    with ExitStack() as undo:
+        for patch, owner, name, original in found:
+            if hasattr(original, "__unpatched__"):
+                continue
+            replacement = patch.wrap(original)
+            replacement.__unpatched__ = original  # type: ignore[attr-defined]
+            setattr(owner, name, replacement)
+            undo.callback(setattr, owner, name, original)
+        return undo.pop_all().close

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.models.registry import MODELS
 from sparsed_vllm.patches.apply import Patch
 
 
@@ -14,7 +14,7 @@ def _with_our_metrics(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def init_and_add(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if vllm_config.model_config.architecture in FAMILIES:
+        if vllm_config.model_config.architecture in MODELS:
             from sparsed_vllm.metrics import DenoisingMetrics
 
             self.stat_loggers.insert(0, DenoisingMetrics(vllm_config, self.engine_indexes))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.limits import wants_early_errors
 from sparsed_vllm.patches.apply import Patch
 
 
@@ -35,13 +35,13 @@ def _end_unfinished(engine: Any) -> None:
 def _refusing(shutdown: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(shutdown)
     def refuse_and_shutdown(self: Any, timeout: float | None = None) -> None:
-        # An engine that failed to start is shut down before it has a model.
-        model_config = getattr(self, "model_config", None)
-        is_ours = getattr(model_config, "architecture", None) in FAMILIES
-        if is_ours:
+        # An engine that failed to start is shut down before it has a configuration.
+        vllm_config = getattr(self, "vllm_config", None)
+        refuses = vllm_config is not None and wants_early_errors(vllm_config)
+        if refuses:
             self.check_admission = _refuse
         shutdown(self, timeout)
-        if is_ours:
+        if refuses:
             _end_unfinished(self)
 
     return refuse_and_shutdown

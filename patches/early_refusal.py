@@ -6,17 +6,17 @@ import functools
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.limits import wants_early_errors
 from sparsed_vllm.patches.apply import Patch
 
 
 def check_now(engine: Any, prompt: Any, sampling_params: Any, request_id: str) -> None:
     """Raises what an AsyncLLM will raise with the first step of this request's generator.
 
-    Of our models only, and not of prompts that are yet to be tokenized.
+    Where early_errors is set, and not of prompts that are yet to be tokenized.
     """
     is_rendered = isinstance(prompt, dict) and "type" in prompt
-    if engine.model_config.architecture in FAMILIES and is_rendered:
+    if is_rendered and wants_early_errors(engine.vllm_config):
         engine.input_processor.process_inputs(
             request_id, prompt, sampling_params, supported_tasks=("generate",)
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreRequest
 
-from sparsed_vllm.families import FAMILIES
+from sparsed_vllm.models.registry import MODELS
 from sparsed_vllm.patches.apply import Patch
 
 
@@ -18,7 +18,7 @@ def _checked(process_inputs: Callable[..., EngineCoreRequest]) -> Callable[..., 
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> EngineCoreRequest:
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        if self.model_config.architecture in FAMILIES:
+        if self.model_config.architecture in MODELS:
             from sparsed_vllm.admission import check_request
 
             check_request(self.vllm_config, request, params)

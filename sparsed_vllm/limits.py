@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""What the operator of an engine lets its clients ask for."""
+"""What the operator of an engine lets its clients ask for, and how its server refuses the rest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsed_vllm.config import REQUEST_FIELDS, read_section
+from sparsed_vllm import config, reuse
+from sparsed_vllm.config import read_section
 from sparsed_vllm.families import FAMILIES
-from sparsed_vllm.params import BadRequest, DenoisingParams, Field, integer, request_fields
+from sparsed_vllm.models.registry import MODELS
+from sparsed_vllm.params import BadRequest, DenoisingParams, Field, flag, integer, request_fields
 
 DEFAULT_MAX_TOKENS = 128
 """The canvas of a request that names no length, if neither operator nor checkpoint does."""
 
-_KNOWN_FIELDS = frozenset(REQUEST_FIELDS).union(
-    *(request_fields(family, 1) for family in FAMILIES.values())
+_KNOWN_FIELDS = frozenset(config.REQUEST_FIELDS | reuse.REQUEST_FIELDS).union(
+    *(request_fields(family, 1) for family in FAMILIES)
 )
 
 
@@ -27,12 +29,15 @@ class Limits:
     max_tokens: the longest canvas; None: as long as the context
     max_steps: the most steps that a request may take; None: no limit but that of `steps`
     request_fields: our parameters (`extra_args`, `vllm_xargs`) that clients may set; None: all
+    early_errors: refuse with an HTTP status what vLLM's server reports inside of a stream that has
+        begun, or not at all; see docs/patches.md
     """
 
     default_max_tokens: int | None = None
     max_tokens: int | None = None
     max_steps: int | None = None
     request_fields: tuple[str, ...] | None = None
+    early_errors: bool = False
 
     @classmethod
     def of(cls, additional_config: object) -> "Limits":
@@ -98,4 +103,12 @@ SECTION_FIELDS = {
         f"a list of some of {', '.join(sorted(_KNOWN_FIELDS))}",
         "Leave it out to allow all of them.",
     ),
+    "early_errors": Field(flag, lambda _: True, "0 or 1", "Leave it out for vLLM's own answers."),
 }
+
+
+def wants_early_errors(vllm_config: Any) -> bool:
+    """Whether an engine serves one of our models, and its operator set early_errors."""
+    if vllm_config.model_config.architecture not in MODELS:
+        return False
+    return Limits.of(vllm_config.additional_config).early_errors

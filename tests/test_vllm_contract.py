@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Everything in vLLM that we build on still has the shape we expect."""
+"""Everything in vLLM that we build on still has the shape we expect.
+
+What vLLM does with it is told by tests/engine, token by token.
+"""
 
 import dataclasses
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 import vllm
 from vllm import SamplingParams
-from vllm.entrypoints.generate.beam_search import offline, online
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
-from vllm.v1.worker.gpu import model_runner
-from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.states import RequestState
 
 from sparsed_vllm.admission import SERVED_FIELDS
 from sparsed_vllm.attention import (
@@ -39,11 +36,9 @@ from sparsed_vllm.attention import (
 )
 from sparsed_vllm.compat import missing_seams, why_unsupported
 from sparsed_vllm.model_state import DenoisingModelState
-from sparsed_vllm.models import ARCHITECTURES
-from sparsed_vllm.models.network import MaskPredictor
+from sparsed_vllm.models.registry import MODELS
 from sparsed_vllm.patches.apply import apply_all
-from sparsed_vllm.patches.inventory import PATCHES
-from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.patches.inventory import PATCHES, SERVER_PATCHES
 from sparsed_vllm.scheduler import DenoisingScheduler
 
 
@@ -76,37 +71,19 @@ def test_our_overrides_take_what_vllm_passes(ours, theirs):
 
 def test_patches_fit_their_targets():
     apply_all(PATCHES)
-
-
-def test_the_runner_asks_our_sampler_only_for_what_it_has():
-    source = inspect.getsource(model_runner.GPUModelRunner)
-    used = {"add_request", "apply_staged_writes", "penalties_state", "compute_nans"}
-    for name in used:
-        assert f"self.sampler.{name}" in source, name
-        assert (
-            name in vars(DenoisingSampler)
-            or name in names_of(DenoisingSampler.__init__)
-            or (name == "penalties_state")
-        )
+    apply_all(SERVER_PATCHES)()  # and taken back
 
 
 def test_logits_rows_can_be_replaced_before_the_forward():
     assert not InputBatch.__dataclass_params__.frozen
     fields = {field.name for field in dataclasses.fields(InputBatch)}
     assert fields >= {"logits_indices", "input_ids", "query_start_loc_np", "idx_mapping"}
-    execute = inspect.getsource(model_runner.GPUModelRunner.execute_model)
-    assert execute.index("preprocess_state(") < execute.index("model_state.prepare_inputs(")
-    sample = inspect.getsource(model_runner.GPUModelRunner.sample)
-    assert "hidden_states[input_batch.logits_indices]" in sample
 
 
-def test_the_model_is_called_with_what_the_model_state_prepared():
-    execute = inspect.getsource(model_runner.GPUModelRunner.execute_model)
-    assert "**self.model_state.prepare_inputs(input_batch, self.req_states)" in execute
-    assert "self.model(**model_inputs)" in execute
-    piecewise = inspect.getsource(CudaGraphManager.run_pw_graph)
-    assert "return model(**model_inputs)" in piecewise
-    assert "rows" in names_of(MaskPredictor.forward)
+def test_piecewise_graphs_call_the_model_with_what_the_model_state_prepared():
+    prepared = {"rows": 1, "positions": 2}
+    manager = SimpleNamespace(use_breakable_cg=False)
+    assert CudaGraphManager.run_pw_graph(manager, dict, prepared) == prepared
 
 
 def test_a_sampler_may_say_how_many_tokens_count():
@@ -122,12 +99,7 @@ def test_a_sampler_may_say_how_many_tokens_count():
 
 def test_counts_of_tables_travel_to_the_scheduler_as_sampling_masks_do():
     assert [field.name for field in dataclasses.fields(SamplerOutput)][5] == "sampling_mask_tensors"
-    copied = inspect.getsource(AsyncOutput.__init__)
-    assert "sampler_output.sampling_mask_tensors.to_cpu_nonblocking()" in copied
-    assert "self.sampling_mask_tensors.tolists(" in inspect.getsource(AsyncOutput.get_output)
     assert ModelRunnerOutput([], {}).sampling_masks is None
-    update = inspect.getsource(Scheduler.update_from_output)
-    assert update.index("if self.return_sampling_mask:") < update.index(".sampling_masks")
 
 
 def test_the_scheduler_s_statistics_have_room_for_ours():
@@ -147,8 +119,6 @@ def test_the_attention_backend_is_called_as_we_expect():
     assert names_of(SparsedImpl.forward) == names_of(CPUAttentionBackend.get_impl_cls().forward)
     theirs = names_of(CPUAttentionBackend.get_builder_cls().build)
     assert names_of(SparsedMetadataBuilder.build)[: len(theirs)] == theirs
-    builds = inspect.getsource(build_attn_metadata)
-    assert "get_extra_attn_kwargs" in builds
     assert not inspect.isabstract(SparsedImpl)
 
 
@@ -167,52 +137,12 @@ def test_requests_have_the_fields_that_the_scheduler_sets():
     assert request.num_tokens == 4
     assert request.num_output_tokens == 0
     assert request.next_decode_eligible_step == 0
-    assert "num_sampled_tokens_per_step" in inspect.getsource(Scheduler.schedule)
-
-
-def test_the_scheduler_looks_at_requests_where_we_hide_and_show_them():
-    schedule = inspect.getsource(Scheduler.schedule)
-    assert "self.current_step < request.next_decode_eligible_step" in schedule
-    assert "request_queue = self.waiting" in schedule
-    source = inspect.getsource(Scheduler)
-    for name in ("policy", "waiting", "max_num_running_reqs", "max_num_scheduled_tokens"):
-        assert f"self.{name}" in source, name
-    pages = inspect.getsource(KVCacheManager)
-    assert "self.block_pool.get_num_free_blocks()" in pages
-    assert "self.watermark_blocks" in pages
-
-
-def test_what_is_no_number_reaches_the_scheduler_with_the_tokens():
-    outputs = inspect.getsource(AsyncOutput)
-    assert "self.num_nans = async_copy_to_np(sampler_output.num_nans)" in outputs
-    assert "self.model_runner_output.num_nans_in_logits = dict(" in outputs
 
 
 def test_logprobs_of_a_request_begin_where_we_say():
     lists = LogprobsTensors(*torch.zeros(2, 9, 2), torch.zeros(9), [0, 4, 4, 9]).tolists()
     assert len(lists.slice_request(2, 3).logprobs) == 3
     assert lists.cu_num_generated_tokens == [0, 4, 4, 9]
-
-
-@pytest.mark.parametrize("module", [online, offline], ids=lambda module: module.__name__)
-def test_beam_search_asks_for_what_we_know_it_by(module):
-    source = inspect.getsource(module)
-    for part in ("max_tokens=1,", "watermarking=False,", "detokenize=False,", "logprobs="):
-        assert part in source
-
-
-def test_only_a_default_length_is_no_limit():
-    for serving in (OpenAIServingChat, OpenAIServingCompletion):
-        source = inspect.getsource(serving.__init__)
-        assert 'mc.generation_config not in ("auto", "vllm")' in source
-        assert 'override_generation_config", {}).get("max_new_tokens")' in source
-
-
-def test_the_worker_keeps_each_sequence_s_length_where_we_set_it():
-    assert "total_len" in inspect.getsource(RequestState.__init__)
-    assert "self.req_states.total_len.gpu" in inspect.getsource(
-        model_runner.GPUModelRunner.postprocess_sampled
-    )
 
 
 def test_every_sampling_parameter_we_serve_exists():
@@ -225,6 +155,6 @@ def test_our_architectures_are_registered_with_their_hook():
     import sparsed_vllm
 
     sparsed_vllm.register()
-    for architecture in ARCHITECTURES:
+    for architecture in MODELS:
         assert architecture in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[architecture].__name__ == "DenoisingModelConfig"

@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from sparsed_vllm.patches.apply import Patch, PatchMismatch, apply_all
+from sparsed_vllm.compat import Unfit
+from sparsed_vllm.patches.apply import Patch, apply_all
 
 
 @pytest.fixture
@@ -50,6 +51,22 @@ def test_a_patch_is_applied_once(target):
     "bad", [patch("patched_module:Owner.gone"), patch(parameters=("self", "other"))]
 )
 def test_a_target_that_changed_leaves_everything_as_it_was(target, bad):
-    with pytest.raises(PatchMismatch, match="patched_module:Owner"):
+    with pytest.raises(Unfit, match="patched_module:Owner"):
         apply_all([patch(), bad])
+    assert target().greet("you") == "hello you"
+
+
+def test_a_patch_that_raises_leaves_everything_as_it_was(target):
+    def fail(original):
+        raise KeyError(original.__name__)
+
+    target.leave = lambda self: "bye"
+    failing = Patch("patched_module:Owner.leave", ("self",), fail, because="", drop_when="")
+    with pytest.raises(KeyError, match="lambda"):
+        apply_all([patch(), failing])
+    assert target().greet("you") == "hello you"
+
+
+def test_patches_can_be_taken_back(target):
+    apply_all([patch()])()
     assert target().greet("you") == "hello you"

@@ -11,22 +11,26 @@ from sparsed_vllm.patches import early_refusal, early_response
 PROMPT = {"type": "token", "prompt_token_ids": [1]}
 
 
-def generate(architecture, prompt, refuse):
-    engine = SimpleNamespace(
-        model_config=SimpleNamespace(architecture=architecture),
+def engine_of(architecture, refuse, early_errors=1):
+    """An engine, as far as the patches read it."""
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            model_config=SimpleNamespace(architecture=architecture),
+            additional_config={"denoising": {"early_errors": early_errors}},
+        ),
         input_processor=SimpleNamespace(process_inputs=refuse),
     )
+
+
+def generate(architecture, prompt, refuse, **settings):
+    engine = engine_of(architecture, refuse, **settings)
     given = early_refusal.PATCH.wrap(lambda *args, **kwargs: (args, kwargs))
     return given(engine, prompt, "params", "id", priority=1)[1]
 
 
 def respond(prompt, refuse):
-    engine = SimpleNamespace(
-        model_config=SimpleNamespace(architecture="LLaDAModelLM"),
-        input_processor=SimpleNamespace(process_inputs=refuse),
-    )
     given = early_response.PATCH.wrap(lambda *args, **kwargs: (args[1:], kwargs))
-    endpoint = SimpleNamespace(engine_client=engine)
+    endpoint = SimpleNamespace(engine_client=engine_of("LLaDAModelLM", refuse))
     asked = {"request_id": "id", "engine_input": prompt, "sampling_params": "params"}
     return given(endpoint, **asked, priority=1)
 
@@ -35,13 +39,14 @@ def refuse(*args, **kwargs):
     raise ValueError("bad request")
 
 
-def test_our_models_check_at_once():
+def test_an_engine_with_early_errors_checks_at_once():
     with pytest.raises(ValueError, match="bad request"):
         generate("LLaDAModelLM", PROMPT, refuse)
     assert generate("LLaDAModelLM", PROMPT, lambda *_, **__: None) == {"priority": 1}
 
 
-def test_other_models_and_prompts_that_are_not_tokenized_yet_wait():
+def test_other_engines_and_prompts_that_are_not_tokenized_yet_wait():
+    assert generate("LLaDAModelLM", PROMPT, refuse, early_errors=0) == {"priority": 1}
     assert generate("LlamaForCausalLM", PROMPT, refuse) == {"priority": 1}
     assert generate("LLaDAModelLM", "hello", refuse) == {"priority": 1}
 

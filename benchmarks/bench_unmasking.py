@@ -16,21 +16,24 @@ import triton
 from attention.timing import measure, spread
 
 from sparsed_vllm.kernels import api, reference
-from sparsed_vllm.kernels.choice import Choice, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 BANDWIDTH = 3.35e12  # bytes a second, of an H100 SXM's memory
 MASK = 5
 CHOICES = {
     "greedy": Choice(),
     "entropy": Choice(confidence="entropy"),
-    "drawn": Choice(1.0, 1),
-    "top_p": Choice(1.0, 1, tempered=True, top_p=0.95),
-    "top_k": Choice(1.0, 1, tempered=True, top_k=50),
+    "drawn": Choice(1.0),
+    "top_p": Choice(1.0, tempered=True, top_p=0.95),
+    "top_k": Choice(1.0, tempered=True, top_k=50),
 }
 
 
 def line_of(name: str, logits: torch.Tensor, rounds: int) -> dict[str, object]:
-    arguments = (logits, CHOICES[name], Forbidden(MASK))
+    choice = CHOICES[name]
+    places = torch.arange(len(logits), device=logits.device)
+    noise = Noise(places * 0 + 1, places, places * 0) if choice.temperature else None
+    arguments = (logits, choice, Forbidden(MASK), noise)
     times = measure(
         {
             "fused": lambda: api.choose_tokens(*arguments),
@@ -79,8 +82,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    # Parts of a row or two suit a CPU's cache; a GPU needs more at once.
-    reference._TILE_ELEMENTS = 1 << 25
+    # A row at a time suits a CPU; a GPU needs more at once.
+    reference._ROW_ELEMENTS = 1 << 25
     for vocab in args.vocab:
         for rows in args.rows:
             logits = (torch.randn(rows, vocab, device="cuda") * 3).bfloat16()

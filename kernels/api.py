@@ -15,26 +15,43 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.choice import Choice, Forbidden
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window, id_dtype, most_kept, num_blocks
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+from sparsed_vllm.kernels.layout import (
+    FIRST_ROW,
+    PAGE,
+    BatchLayout,
+    BlockTables,
+    Selection,
+    host_layout,
+    id_dtype,
+    most_kept,
+    num_blocks,
+    send_layouts,
+)
 
 __all__ = [
     "BLOCK_SIZES",
     "HEAD_DIMS",
+    "PAGE",
+    "BatchLayout",
+    "BlockTables",
     "Choice",
     "Forbidden",
-    "QueryBlocks",
-    "Span",
-    "Window",
+    "Noise",
+    "Selection",
     "block_scores",
     "block_sparse_attention",
     "choose_tokens",
     "compile_selection",
     "dense_attention",
+    "draw_uniform",
+    "host_layout",
     "id_dtype",
     "most_kept",
     "num_blocks",
     "select_blocks",
+    "send_layouts",
+    "token_mass",
 ]
 
 logger = logging.getLogger("vllm.sparsed.kernels")
@@ -46,94 +63,109 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOPPER_TRITONS = ((3, 6), (3, 9))
 
 
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BatchLayout,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over all keys of a row's sequence; a tensor, or with return_lse a pair."""
+    _check_batch(layout, q, k, v, out)
+    attend = _for(q, "dense_attention")
+    return attend(q, k, v, layout, scale=scale, out=out, return_lse=return_lse)
+
+
 def block_scores(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     *,
     scale: float,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean softmax mass per key block: among all keys, and among the generation's."""
-    assert not blocks.has_windows, "a table has a row for every query block"
-    _check_batch(blocks, q, k)
+    _check_batch(layout, q, k)
+    _check_recording(layout, selection)
     if lse is not None:
         assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32
-    shape = (q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+        assert lse.stride(1) == 1, "a head's numbers lie side by side"
+    shape = (q.shape[1], layout.num_tiles, layout.max_key_blocks)
     assert out is None or out[0].shape == out[1].shape == shape
-    aligned = _is_aligned(q) and _is_aligned(k)
-    score = _scores_kernel(q.device, q.dtype, blocks.block_size, q.shape[2], aligned)
-    return score(q, k, lse, blocks, scale=scale, out=out)
+    score = _scores_kernel(q.device, q.dtype, layout.tile, q.shape[2], _are_aligned(q, k))
+    return score(q, k, lse, layout, selection, scale=scale, out=out)
 
 
 def select_blocks(
     scores: Tensor,
     gen_scores: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    selection: Selection,
+    tables: BlockTables,
 ) -> None:
-    """Isolated selection, written to the table's `rows` as ascending lists of key blocks."""
-    shape = (scores.shape[0], blocks.num_blocks, blocks.max_key_blocks)
+    """Isolated selection, written to the tables as ascending lists of key blocks."""
+    _check_recording(layout, selection)
+    shape = (scores.shape[0], layout.num_tiles, layout.max_key_blocks)
     assert scores.shape == gen_scores.shape == shape
-    _check_table(blocks, scores.shape[0], kept, num_kept, rows)
-    _for(scores, "select_blocks")(scores, gen_scores, blocks, kept, num_kept, rows)
+    _check_tables(layout, scores.shape[0], tables)
+    assert tables.kept.shape[3] >= selection.most_kept, "the tables are narrower than their rows"
+    _for(scores, "select_blocks")(scores, gen_scores, layout, selection, tables)
 
 
-def compile_selection(
-    key_blocks: int, num_heads: int, ids: torch.dtype, device: torch.device
-) -> None:
-    """Compile select_blocks for sequences of up to `key_blocks`; ids: the type of the table."""
+def compile_selection(max_key_blocks: int, ids: torch.dtype, device: torch.device) -> None:
+    """Compile select_blocks for sequences of up to `max_key_blocks`; ids: the tables' type."""
     if device.type == "cuda":
-        _triton("compile_up_to", "select_blocks")(key_blocks, num_heads, ids, device)
+        _triton("compile_up_to", "select_blocks")(max_key_blocks, ids, device)
 
 
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
     *,
     scale: float,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Attention over the listed key blocks; a tensor, or with return_lse a pair.
-
-    return_lse: not of windows, for which no kernel need know where q ends
-    """
-    assert not (return_lse and blocks.has_windows)
-    _check_batch(blocks, q, k, v)
-    _check_table(blocks, q.shape[1], kept, num_kept, rows)
-    table = (kept, num_kept, rows)
-    aligned = all(_is_aligned(x) for x in (q, k, v, q if out is None else out))
-    attend = _sparse_kernel(q.device, q.dtype, blocks.block_size, q.shape[2], aligned)
-    return attend(q, k, v, blocks, *table, scale=scale, out=out, return_lse=return_lse)
+    """Attention over the listed key blocks; a tensor, or with return_lse a pair."""
+    _check_batch(layout, q, k, v, out)
+    _check_tables(layout, q.shape[1], tables)
+    aligned = _are_aligned(q, k, v, q if out is None else out)
+    attend = _sparse_kernel(q.device, q.dtype, layout.tile, q.shape[2], aligned)
+    return attend(q, k, v, layout, tables, scale=scale, out=out, return_lse=return_lse)
 
 
-def dense_attention(
+def token_mass(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: QueryBlocks,
+    keys: Tensor,
+    lse: Tensor,
+    layout: BatchLayout,
+    pages: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    mass: Tensor,
     *,
     scale: float,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Any:
-    """Attention over all keys of a token's sequence; a tensor, or with return_lse a pair."""
-    _check_batch(blocks, q, k, v)
-    attend = _for(q, "dense_attention")
-    return attend(q, k, v, blocks, scale=scale, out=out, return_lse=return_lse)
+) -> None:
+    """Adds the softmax mass that a few rows put on each token of their sequence, keys in pages."""
+    _check_paged(layout, q, keys, pages)
+    assert lse.shape == (q.shape[1], q.shape[0]) and weights.shape == q.shape[:1]
+    assert lse.dtype == weights.dtype == mass.dtype == torch.float32
+    assert weights.is_contiguous() and mass.stride(1) == 1
+    assert slots.shape == (layout.num_seqs,) and slots.dtype == torch.int64
+    assert slots.is_contiguous() and mass.shape[1] >= layout.max_key_len
+    _for(q, "token_mass")(q, keys, lse, layout, pages, weights, slots, mass, scale=scale)
 
 
 def choose_tokens(
-    logits: Tensor, choice: Choice, forbidden: Forbidden
+    logits: Tensor, choice: Choice, forbidden: Forbidden, noise: Noise | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of logits a token, how sure it is, and the largest logit."""
     assert logits.dtype in DTYPES, f"no kernel for {logits.dtype}"
@@ -141,12 +173,21 @@ def choose_tokens(
     if forbidden.early is not None:
         assert forbidden.early.shape == logits.shape[:1] and forbidden.early.dtype == torch.bool
         assert forbidden.stop_tokens is not None and forbidden.stop_tokens.dtype == torch.int64
-    return _for(logits, "choose_tokens")(logits, choice, forbidden)
+    assert (noise is None) == (choice.temperature == 0), "what is drawn needs noise, else nothing"
+    if noise is not None:
+        _check_noise(noise, logits.shape[0])
+    return _for(logits, "choose_tokens")(logits, choice, forbidden, noise)
 
 
-def _for(tensor: Tensor, name: str) -> Callable[..., Any]:
+def draw_uniform(noise: Noise) -> Tensor:
+    """A random number in (0, 1) for each row, float64."""
+    _check_noise(noise, noise.seeds.shape[0])
+    return _for(noise.seeds, "draw_uniform", "noise")(noise)
+
+
+def _for(tensor: Tensor, name: str, module: str | None = None) -> Callable[..., Any]:
     """The implementation of `name` for the tensor's device; Triton is imported at need only."""
-    return _triton(name) if tensor.is_cuda else getattr(reference, name)
+    return _triton(name, module) if tensor.is_cuda else getattr(reference, name)
 
 
 def _triton(name: str, module: str | None = None) -> Callable[..., Any]:
@@ -202,28 +243,61 @@ def _is_known_triton(version: str) -> bool:
     return HOPPER_TRITONS[0] <= (int(major), int(minor)) <= HOPPER_TRITONS[1]
 
 
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Whether each head of each token begins at a multiple of 16 bytes, as TMA requires."""
+    return all(_is_aligned(x) for x in tensors)
+
+
 def _is_aligned(x: Tensor) -> bool:
-    """Whether each head of each token begins at a multiple of 16 bytes, as the copy engine asks."""
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))
     return not any(place % 16 for place in places)
 
 
-def _check_batch(blocks: QueryBlocks, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    assert blocks.block_size in BLOCK_SIZES, f"no kernel for blocks of {blocks.block_size} tokens"
+def _check_batch(
+    layout: BatchLayout, q: Tensor, k: Tensor, v: Tensor | None = None, out: Tensor | None = None
+) -> None:
+    assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
     assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
     assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
     assert q.shape[1] % k.shape[1] == 0, "each key head serves the same number of query heads"
-    assert q.shape[0] == k.shape[0] or blocks.has_windows
+    assert q.shape[0] >= layout.num_query_rows and k.shape[0] >= layout.num_key_rows
     for keys in (k, k if v is None else v):
         assert keys.shape == (k.shape[0], k.shape[1], q.shape[2]) and keys.dtype == q.dtype
         assert keys.stride(2) == q.stride(2) == 1, "a head's numbers lie side by side"
+    if out is not None:
+        assert out.shape == q.shape and out.dtype == q.dtype and out.stride(2) == 1
 
 
-def _check_table(
-    blocks: QueryBlocks, num_heads: int, kept: Tensor, num_kept: Tensor, rows: Tensor
-) -> None:
+def _check_paged(layout: BatchLayout, q: Tensor, keys: Tensor, pages: Tensor) -> None:
+    """q's rows belong to any tokens of their sequence, so that there is no first one."""
+    assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
+    assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
+    assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
+    assert keys.shape[1:] == (PAGE, keys.shape[2], q.shape[2]) and keys.dtype == q.dtype
+    assert q.shape[1] % keys.shape[2] == 0, "each key head serves the same number of query heads"
+    assert keys.stride(3) == q.stride(2) == 1, "a head's numbers lie side by side"
+    assert q.shape[0] >= layout.num_query_rows and not layout.host[FIRST_ROW].any()
+    assert pages.dtype == torch.int32 and pages.stride(1) == 1
+    assert pages.shape[0] >= layout.num_page_rows
+    assert pages.shape[1] >= num_blocks(layout.max_key_len, PAGE)
+
+
+def _check_recording(layout: BatchLayout, selection: Selection) -> None:
+    assert layout.is_whole, "a recording has every query block of a sequence"
+    assert selection.host.shape[1] == layout.num_seqs
+
+
+def _check_tables(layout: BatchLayout, num_heads: int, tables: BlockTables) -> None:
     """`kept` may be wider than the batch needs, and its rows far apart."""
-    assert kept.shape[:2] == num_kept.shape and kept.shape[1] == num_heads
-    assert kept.stride(2) == 1 and num_kept.dtype == torch.int32
-    assert blocks.max_key_blocks <= torch.iinfo(kept.dtype).max, f"ids outgrow {kept.dtype}"
-    assert rows.shape == (blocks.num_blocks,) and rows.dtype == torch.int64
+    kept, num_kept = tables.kept, tables.num_kept
+    assert tables.block_size == layout.tile, "a tile is a block"
+    assert kept.shape[:3] == num_kept.shape and kept.shape[2] == num_heads
+    assert kept.stride(3) == 1 and num_kept.dtype == kept.dtype
+    assert layout.max_key_blocks <= torch.iinfo(kept.dtype).max, f"ids outgrow {kept.dtype}"
+    assert tables.pages.shape[0] >= layout.num_page_rows and tables.pages.dtype == torch.int32
+    assert tables.pages.stride(1) == 1
+
+
+def _check_noise(noise: Noise, num_rows: int) -> None:
+    for x in (noise.seeds, noise.places, noise.steps):
+        assert x.shape == (num_rows,) and x.dtype == torch.int64 and x.is_contiguous()

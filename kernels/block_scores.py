@@ -11,30 +11,41 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.layout import QueryBlocks
-from sparsed_vllm.kernels.tiles import LOG2_E, LOWEST, head_options, load_rows
+from sparsed_vllm.kernels.layout import BatchLayout, Selection
+from sparsed_vllm.kernels.tiles import (
+    FIRST_GEN,
+    KEY_LEN,
+    KEY_START,
+    LOG2_E,
+    LOWEST,
+    QUERY_START,
+    column,
+    find_tile,
+    head_options,
+    load_rows,
+)
 
 
 def block_scores(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     *,
     scale: float,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See reference.block_scores."""
     assert scale > 0, "the maximum is taken before scaling"
-    assert lse is None or lse.is_contiguous()
     if q.is_cuda and q.dtype == torch.float32:
         # Without tensor cores the tiles are held in registers, and outgrow them.
-        return reference.block_scores(q, k, lse, blocks, scale=scale, out=out)
-    scores, gen_scores = out or reference.empty_scores(q, blocks)
+        return reference.block_scores(q, k, lse, layout, selection, scale=scale, out=out)
+    scores, gen_scores = out or reference.empty_scores(q, layout)
     assert scores.stride() == gen_scores.stride() and scores.stride(2) == 1
     scores.fill_(float("-inf"))
     gen_scores.fill_(float("-inf"))
-    _launch(q, k, lse, blocks, scores, gen_scores, scale, with_prompt=True)
+    _launch(q, k, lse, layout, selection, scores, gen_scores, scale, with_prompt=True)
     return scores, gen_scores
 
 
@@ -42,38 +53,52 @@ def score_generation(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     scores: Tensor,
     gen_scores: Tensor,
     scale: float,
 ) -> None:
     """What is left of block_scores when the prompts' blocks have been scored."""
-    _launch(q, k, lse, blocks, scores, gen_scores, scale, with_prompt=False)
+    _launch(q, k, lse, layout, selection, scores, gen_scores, scale, with_prompt=False)
 
 
 def _launch(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     scores: Tensor,
     gen_scores: Tensor,
     scale: float,
     *,
     with_prompt: bool,
 ) -> None:
-    if blocks.num_blocks:
-        _block_scores_kernel[(blocks.num_blocks, q.shape[1])](
-            *(q, k, lse, scores, gen_scores),
-            *(blocks.starts, blocks.lengths, blocks.indices, blocks.first_gens),
-            *(q.shape[0], scale * LOG2_E.value),
-            *(stride for x in (q, k, scores) for stride in x.stride()[:2]),
+    if layout.num_tiles:
+        _block_scores_kernel[(layout.num_tiles, q.shape[1])](
+            q,
+            k,
+            lse,
+            scores,
+            gen_scores,
+            layout.columns,
+            selection.counts,
+            layout.num_seqs,
+            scale * LOG2_E.value,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            0 if lse is None else lse.stride(0),
+            scores.stride(0),
+            scores.stride(1),
             GROUP=q.shape[1] // k.shape[1],
-            BLOCK=blocks.block_size,
+            BLOCK=layout.tile,
             HAS_LSE=lse is not None,
             WITH_PROMPT=with_prompt,
             **head_options(q),
-            **_options(blocks.block_size, q),
+            **_options(layout.tile, q),
         )
 
 
@@ -95,23 +120,30 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 # Nothing depends on what divides these, and each would be compiled for anew.
-@triton.jit(do_not_specialize=["num_tokens", "stride_scores_head", "stride_scores_block"])
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "stride_lse_head",
+        "stride_scores_head",
+        "stride_scores_block",
+    ],
+    do_not_specialize_on_alignment=["lse_ptr", "columns", "counts"],
+)
 def _block_scores_kernel(
     q_ptr,
     k_ptr,
     lse_ptr,
     scores_ptr,
     gen_scores_ptr,
-    starts,
-    lengths,
-    indices,
-    first_gens,
-    num_tokens,
+    columns,
+    counts,
+    num_seqs,
     scale_log2,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_lse_head,
     stride_scores_head,
     stride_scores_block,
     GROUP: tl.constexpr,
@@ -123,52 +155,54 @@ def _block_scores_kernel(
     KEYS: tl.constexpr,
 ):
     """Program (query block, head)."""
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    start = tl.load(starts + block).to(tl.int64)
-    length = tl.load(lengths + block)
-    first = tl.load(first_gens + block) * BLOCK
-    index = tl.load(indices + block)
+    sequence, index = find_tile(columns, num_seqs, block)
+    query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
+    key_start = column(columns, num_seqs, KEY_START, sequence).to(tl.int64)
+    length = column(columns, num_seqs, KEY_LEN, sequence)
+    first = column(counts, num_seqs, FIRST_GEN, sequence) * BLOCK
     rows = index * BLOCK + tl.arange(0, BLOCK)
-    q_base = q_ptr + start * stride_qt + head * stride_qh
-    k_base = k_ptr + start * stride_kt + head // GROUP * stride_kh
-    scores_row = head * stride_scores_head + block * stride_scores_block
+    q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
+    k_base = k_ptr + key_start * stride_k_row + head // GROUP * stride_k_head
+    scores_row = head * stride_scores_head + block.to(tl.int64) * stride_scores_block
     scores = scores_ptr + scores_row
     gen_scores = gen_scores_ptr + scores_row
 
-    q = load_rows(q_base, 0, rows, length, stride_qt, HEAD_DIM, DIM, True)
+    q = load_rows(q_base, 0, rows, length, stride_q_row, HEAD_DIM, DIM, True)
     total = tl.zeros([BLOCK], tl.float32)
     peak = tl.full([BLOCK], LOWEST, tl.float32)
     for at in tl.range(first, length, KEYS):
-        logits = _logits(q, k_base, at, length, stride_kt, HEAD_DIM, DIM, KEYS, True)
+        logits = _logits(q, k_base, at, length, stride_k_row, HEAD_DIM, DIM, KEYS, True)
         total, peak = _add(total, peak, logits, scale_log2)
     gen_lse = peak + tl.log2(total)
     if HAS_LSE:
-        lse = tl.load(lse_ptr + head * num_tokens + start + rows, mask=rows < length) * LOG2_E
+        lse = lse_ptr + head * stride_lse_head + query_start + rows
+        lse = tl.load(lse, mask=rows < length) * LOG2_E
     else:
         for at in tl.range(0, first, KEYS):
-            logits = _logits(q, k_base, at, first, stride_kt, HEAD_DIM, DIM, KEYS, True)
+            logits = _logits(q, k_base, at, first, stride_k_row, HEAD_DIM, DIM, KEYS, True)
             total, peak = _add(total, peak, logits, scale_log2)
         lse = peak + tl.log2(total)
-    # exp2(logit - inf) is 0: rows past the end have no mass.
+    # Rows past the end have no mass: exp2(logit - inf) is 0.
     lse = tl.where(rows < length, lse, float("inf"))
     gen_lse = tl.where(rows < length, gen_lse, float("inf"))
 
     if WITH_PROMPT:
         whole = first // KEYS * KEYS
         for at in tl.range(0, whole, KEYS):
-            logits = _logits(q, k_base, at, first, stride_kt, HEAD_DIM, DIM, KEYS, False)
+            logits = _logits(q, k_base, at, first, stride_k_row, HEAD_DIM, DIM, KEYS, False)
             _store_means(scores, logits, lse, at, first, scale_log2, BLOCK, KEYS)
         if whole < first:
-            logits = _logits(q, k_base, whole, first, stride_kt, HEAD_DIM, DIM, KEYS, True)
+            logits = _logits(q, k_base, whole, first, stride_k_row, HEAD_DIM, DIM, KEYS, True)
             _store_means(scores, logits, lse, whole, first, scale_log2, BLOCK, KEYS)
     for at in tl.range(first, length, KEYS):
-        logits = _logits(q, k_base, at, length, stride_kt, HEAD_DIM, DIM, KEYS, True)
+        logits = _logits(q, k_base, at, length, stride_k_row, HEAD_DIM, DIM, KEYS, True)
         _store_means(scores, logits, lse, at, length, scale_log2, BLOCK, KEYS)
         _store_means(gen_scores, logits, gen_lse, at, length, scale_log2, BLOCK, KEYS)
 
     mass = tl.minimum(length - index * BLOCK, BLOCK) * (1.0 / (BLOCK * BLOCK))
-    tl.debug_barrier()  # what one thread wrote above, others read
+    tl.debug_barrier()  # each thread reads below what others wrote above
     _scale_to(scores, mass, 0, tl.cdiv(length, BLOCK))
     _scale_to(gen_scores, mass, first // BLOCK, tl.cdiv(length, BLOCK))
 
@@ -206,7 +240,7 @@ def _add(total, peak, logits, scale_log2):
 def _store_means(out, logits, lse, first, end, scale_log2, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     """Writes to out[block] the mean of exp2(logit - lse) over each key block from `first` on."""
     mass = tl.exp2(logits * scale_log2 - lse[:, None])
-    # A row's own sum first: its numbers lie in few threads.
+    # A row's own sum first: a row lies in the registers of few threads.
     by_block = tl.sum(tl.reshape(mass, [BLOCK, KEYS // BLOCK, BLOCK]), 2)
     means = tl.sum(by_block, 0) * (1.0 / (BLOCK * BLOCK))
     blocks = first // BLOCK + tl.arange(0, KEYS // BLOCK)
@@ -217,8 +251,8 @@ def _store_means(out, logits, lse, first, end, scale_log2, BLOCK: tl.constexpr, 
 def _scale_to(scores, mass, begin, end):
     """Scales scores [begin, end) so that they sum to `mass`, as exact ones do.
 
-    Tensor cores round towards zero and exp2 is approximate: both err to one side, which no sum
-    over a block evens out.
+    Tensor cores round towards zero and exp2 is approximate: both errors have one sign, so that a
+    block's sum does not average them out.
     """
     lanes = tl.arange(0, 512)
     total = tl.zeros([512], tl.float32)

@@ -7,14 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed_vllm.kernels.layout import QueryBlocks
+from sparsed_vllm.kernels.layout import BatchLayout, BlockTables
 from sparsed_vllm.kernels.reference import empty_attention
 from sparsed_vllm.kernels.tiles import (
     FAR,
+    KEY_LEN,
+    KEY_START,
     LOG2_E,
     LOWEST,
+    NUM_ROWS,
+    QUERY_START,
     Tiles,
     attend,
+    column,
+    find_row,
+    find_tile,
     head_options,
     load_rows,
     store_attention,
@@ -25,10 +32,8 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
     *,
     scale: float,
     out: Tensor | None = None,
@@ -37,17 +42,39 @@ def block_sparse_attention(
     """See reference.block_sparse_attention."""
     assert scale > 0, "the maximum is taken before scaling"
     out, lse = empty_attention(q, out, return_lse)
-    tiles = Tiles.of(blocks.block_size, q)
-    grid = (blocks.num_blocks * (blocks.block_size // tiles.rows), q.shape[1])
-    if blocks.num_blocks:
+    tiles = Tiles.of(layout.tile, q)
+    grid = (layout.num_tiles * (layout.tile // tiles.rows), q.shape[1])
+    if layout.num_tiles:
         _block_sparse_attention_kernel[grid](
-            *(q, k, v, out, lse),
-            *(blocks.starts, blocks.lengths, blocks.indices, blocks.query_starts),
-            *(kept, num_kept, rows),
-            *(q.shape[0], scale * LOG2_E.value),
-            *(stride for x in (q, k, v, out, kept, num_kept) for stride in x.stride()[:2]),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            layout.columns,
+            layout.num_seqs,
+            tables.kept,
+            tables.num_kept,
+            tables.pages,
+            scale * LOG2_E.value,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            q.shape[0],
+            tables.kept.stride(0),
+            tables.kept.stride(1),
+            tables.kept.stride(2),
+            tables.num_kept.stride(0),
+            tables.num_kept.stride(1),
+            tables.num_kept.stride(2),
+            tables.pages.stride(0),
             GROUP=q.shape[1] // k.shape[1],
-            BLOCK=blocks.block_size,
+            BLOCK=layout.tile,
             RETURN_LSE=return_lse,
             **head_options(q),
             **tiles.options,
@@ -58,10 +85,17 @@ def block_sparse_attention(
 # Nothing depends on what divides these, and each would be compiled for anew.
 @triton.jit(
     do_not_specialize=[
-        *("num_rows", "stride_kept_row", "stride_kept_head"),
-        *("stride_num_row", "stride_num_head"),
+        "num_seqs",
+        "stride_lse_head",
+        "stride_kept_page",
+        "stride_kept_row",
+        "stride_kept_head",
+        "stride_num_page",
+        "stride_num_row",
+        "stride_num_head",
+        "stride_pages",
     ],
-    do_not_specialize_on_alignment=["kept_ptr", "num_kept_ptr"],  # a layer's part of a table
+    do_not_specialize_on_alignment=["columns", "kept_ptr", "num_kept_ptr", "pages_ptr"],
 )
 def _block_sparse_attention_kernel(
     q_ptr,
@@ -69,27 +103,28 @@ def _block_sparse_attention_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    starts,
-    lengths,
-    indices,
-    query_starts,
+    columns,
+    num_seqs,
     kept_ptr,
     num_kept_ptr,
-    rows_ptr,
-    num_rows,
+    pages_ptr,
     scale_log2,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_head,
+    stride_kept_page,
     stride_kept_row,
     stride_kept_head,
+    stride_num_page,
     stride_num_row,
     stride_num_head,
+    stride_pages,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     RETURN_LSE: tl.constexpr,
@@ -98,56 +133,57 @@ def _block_sparse_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (query tile, head).
+    """Program (ROWS of a query block, head).
 
     The tiles of a head run together: with ascending lists they sweep its keys in step, and find
-    most of them in the cache.
+    most of them in the L2 cache.
     """
-    block = tl.program_id(0) // (BLOCK // ROWS)
+    sequence, index = find_tile(columns, num_seqs, tl.program_id(0) // (BLOCK // ROWS))
     head = tl.program_id(1).to(tl.int64)
-    start = tl.load(starts + block).to(tl.int64)
-    length = tl.load(lengths + block)
-    first_row = tl.load(indices + block) * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    # Below 0 where q lacks the sequence's beginning; the tile's own rows are not.
-    query_start = tl.load(query_starts + block).to(tl.int64)
-    q_base = q_ptr + query_start * stride_qt + head * stride_qh
-    k_base = k_ptr + start * stride_kt + head // GROUP * stride_kh
-    v_base = v_ptr + start * stride_vt + head // GROUP * stride_vh
-    table_row = tl.load(rows_ptr + block)
-    ids = kept_ptr + table_row * stride_kept_row + head * stride_kept_head
-    count = tl.load(num_kept_ptr + table_row * stride_num_row + head * stride_num_head)
+    query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
+    num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
+    key_start = column(columns, num_seqs, KEY_START, sequence).to(tl.int64)
+    key_len = column(columns, num_seqs, KEY_LEN, sequence)
+    rows = index * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
+    q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
+    k_base = k_ptr + key_start * stride_k_row + head // GROUP * stride_k_head
+    v_base = v_ptr + key_start * stride_v_row + head // GROUP * stride_v_head
+    page, row = find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, BLOCK)
+    ids = kept_ptr + page * stride_kept_page + row * stride_kept_row + head * stride_kept_head
+    num_kept = num_kept_ptr + page * stride_num_page + row * stride_num_row + head * stride_num_head
+    count = tl.load(num_kept).to(tl.int32)
 
-    q = load_rows(q_base, 0, rows, length, stride_qt, HEAD_DIM, DIM, True)
+    q = load_rows(q_base, 0, rows, num_rows, stride_q_row, HEAD_DIM, DIM, True)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], LOWEST, tl.float32)
     # Only the last listed block can be the sequence's last, partial one.
     whole = tl.maximum(count - 1, 0) * BLOCK // KEYS
-    for tile in tl.range(0, whole):
-        first, keys = _listed_keys(ids, count, tile, BLOCK, KEYS)
-        k = load_rows(k_base, first, keys, length, stride_kt, HEAD_DIM, DIM, False)
-        v = load_rows(v_base, first, keys, length, stride_vt, HEAD_DIM, DIM, False)
+    for step in tl.range(0, whole):
+        first, keys = _listed_keys(ids, count, step, BLOCK, KEYS)
+        k = load_rows(k_base, first, keys, key_len, stride_k_row, HEAD_DIM, DIM, False)
+        v = load_rows(v_base, first, keys, key_len, stride_v_row, HEAD_DIM, DIM, False)
         acc, total, peak = attend(acc, total, peak, q, k, v, keys, scale_log2, False)
-    for tile in tl.range(whole, tl.cdiv(count * BLOCK, KEYS)):
-        first, keys = _listed_keys(ids, count, tile, BLOCK, KEYS)
-        k = load_rows(k_base, first, keys, length, stride_kt, HEAD_DIM, DIM, True)
-        v = load_rows(v_base, first, keys, length, stride_vt, HEAD_DIM, DIM, True)
-        seen = first + keys < length
+    for step in tl.range(whole, tl.cdiv(count * BLOCK, KEYS)):
+        first, keys = _listed_keys(ids, count, step, BLOCK, KEYS)
+        k = load_rows(k_base, first, keys, key_len, stride_k_row, HEAD_DIM, DIM, True)
+        v = load_rows(v_base, first, keys, key_len, stride_v_row, HEAD_DIM, DIM, True)
+        seen = first + keys < key_len
         acc, total, peak = attend(acc, total, peak, q, k, v, seen, scale_log2, True)
 
-    out = out_ptr + query_start * stride_ot + head * stride_oh
-    lse_offset = head * num_rows + query_start
+    out = out_ptr + query_start * stride_out_row + head * stride_out_head
+    lse = lse_ptr
+    if RETURN_LSE:
+        lse = lse_ptr + head * stride_lse_head + query_start
     store_attention(
         acc,
         total,
         peak,
         out,
-        lse_ptr,
-        lse_offset,
+        lse,
         rows,
-        length,
-        stride_ot,
+        num_rows,
+        stride_out_row,
         HEAD_DIM,
         DIM,
         RETURN_LSE,
@@ -155,15 +191,15 @@ def _block_sparse_attention_kernel(
 
 
 @triton.jit
-def _listed_keys(ids, count, tile, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """The tile-th KEYS places of the listed blocks laid end to end: first + offsets [KEYS]."""
+def _listed_keys(ids, count, step, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """The step-th KEYS places of the listed blocks laid end to end: first + offsets [KEYS]."""
     lanes = tl.arange(0, KEYS)
     if KEYS <= BLOCK:
-        place = tile * KEYS
+        place = step * KEYS
         first = tl.load(ids + place // BLOCK).to(tl.int32) * BLOCK + place % BLOCK
         offsets = lanes
     else:
-        slots = tile * (KEYS // BLOCK) + lanes // BLOCK
+        slots = step * (KEYS // BLOCK) + lanes // BLOCK
         listed = tl.load(ids + slots, mask=slots < count, other=0).to(tl.int32)
         first = 0
         offsets = tl.where(slots < count, listed * BLOCK + lanes % BLOCK, FAR)

@@ -12,7 +12,10 @@ from torch import Tensor
 Confidence = Literal["probability", "margin", "entropy"]
 
 STREAM = 1
-"""Last word of the noise's counters: torch's generator on a GPU is Philox too, and has 0 there."""
+"""Last word of the counters of a token's noise; a row's own uniform number has the next one.
+
+torch's generator on a GPU is Philox too, and has 0 there.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,6 @@ class Choice:
     """What is drawn, and what is called confidence.
 
     temperature: 0: the likeliest allowed token; else a draw from softmax(logits / temperature)
-    seed: in [0, 2**64), of the noise of a draw; the noise of a token depends on the seed, the row
-        and the token alone
     tempered: whether the confidence is of the distribution that is drawn from, without forbidden
         tokens, or of softmax(logits), where they count. Needs a temperature.
     top_p in (0, 1], top_k (0: all): drawn are tokens above which there is no more mass than top_p,
@@ -31,7 +32,6 @@ class Choice:
     """
 
     temperature: float = 0.0
-    seed: int = 0
     tempered: bool = False
     top_p: float = 1.0
     top_k: int = 0
@@ -40,7 +40,6 @@ class Choice:
     def __post_init__(self) -> None:
         assert self.temperature > 0 or not self.tempered
         assert self.tempered or not self.truncates
-        assert 0 <= self.seed < 1 << 64
 
     @property
     def truncates(self) -> bool:
@@ -73,3 +72,29 @@ class Forbidden:
             barred = scores[:, self.stop_tokens].masked_fill(self.early[:, None], float("-inf"))
             scores[:, self.stop_tokens] = barred
         return scores
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the draws of some rows depend on, and nothing else does; int64 [rows] each.
+
+    A place's draw is keyed by its request's seed, the place, and the step within its block, so
+    that neither batch mates nor a preemption change it.
+
+    seeds: of the rows' requests, any 64 bits
+    places: in their canvases
+    steps: of their blocks, from 0 when the block's first step runs
+    """
+
+    seeds: Tensor
+    places: Tensor
+    steps: Tensor
+
+    def of(self, rows: slice) -> "Noise":
+        """The same for some of the rows."""
+        return Noise(self.seeds[rows], self.places[rows], self.steps[rows])
+
+    def of_rows(self, num_rows: int) -> Iterator["Noise"]:
+        """The same for each `num_rows` rows, in order."""
+        parts = (x.split(num_rows) for x in (self.seeds, self.places, self.steps))
+        return (Noise(*part) for part in zip(*parts, strict=True))

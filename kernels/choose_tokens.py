@@ -3,20 +3,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Triton: logits -> a token and a confidence for each row; no copy of the logits is written.
 
-A program sums up one tile of a row, and a second kernel adds up the tiles of each row: with a
-program a row most of the GPU would be idle, for a step often reads a few dozen rows only. Where
-few of the tokens may be drawn, a program a row first searches the least logit of those, reading the
-row, which then lies in the L2 cache, once for each bit of a logit.
+A program reduces one tile of a row, and a second kernel the tiles of each row: a step often reads
+a few dozen rows only, and with a program a row most of the GPU would be idle. For top p and top k,
+a program a row first searches the least logit that may be drawn: it reads the row, which stays in
+the L2 cache, once for each bit of a logit.
 """
 
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed_vllm.kernels.choice import STREAM, Choice, Confidence, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Confidence, Forbidden, Noise
+from sparsed_vllm.kernels.noise import exponential
 from sparsed_vllm.kernels.tiles import LOG2_E
 
 TILE = 4096  # tokens of a program
@@ -27,7 +28,6 @@ MARGIN, ENTROPY = tl.constexpr(1), tl.constexpr(2)  # places in it
 
 EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """How many of the last bits of a float32 hold nothing where a logit came from."""
-STREAM_WORD = tl.constexpr(STREAM)
 LOWEST_KEY = tl.constexpr(-2139095041)  # of -inf
 
 # What is noted of each tile: float32 [5, rows, tiles].
@@ -39,7 +39,7 @@ EXTRA = tl.constexpr(4)  # the second highest logit, or the sum of exp(logit - P
 
 
 def choose_tokens(
-    logits: Tensor, choice: Choice, forbidden: Forbidden
+    logits: Tensor, choice: Choice, forbidden: Forbidden, noise: Noise | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.choose_tokens. The logits of a row lie side by side."""
     assert logits.stride(1) == 1
@@ -50,26 +50,45 @@ def choose_tokens(
     notes = logits.new_empty(5, num_rows, tiles, dtype=torch.float32)
     scores = logits.new_empty(num_rows, tiles, dtype=torch.float64)
     ids = logits.new_empty(num_rows, tiles, dtype=torch.int32)
+    confidence_kind = CONFIDENCES.index(choice.confidence)
+    stops = forbidden.stop_tokens
     if num_rows:
-        confidence_kind = CONFIDENCES.index(choice.confidence)
-        given = (logits, logits.stride(0), vocab, *_barred(forbidden), choice.temperature)
-        options = {"EARLY": forbidden.early is not None, "EMPTY_BITS": EMPTY_BITS[logits.dtype]}
         _note_tiles_kernel[(num_rows * tiles,)](
-            *given,
-            *_signed_halves(choice.seed),
-            _least_keys(choice, given, options, num_rows) if choice.truncates else None,
-            *(notes, scores, ids, num_rows, tiles),
-            DRAWN=choice.temperature > 0,
+            logits,
+            logits.stride(0),
+            vocab,
+            forbidden.mask_token_id,
+            stops,
+            0 if stops is None else len(stops),
+            forbidden.early,
+            choice.temperature,
+            None if noise is None else noise.seeds,
+            None if noise is None else noise.places,
+            None if noise is None else noise.steps,
+            _least_keys(logits, choice, forbidden) if choice.truncates else None,
+            notes,
+            scores,
+            ids,
+            num_rows,
+            tiles,
+            DRAWN=noise is not None,
             TEMPERED=choice.tempered,
             TRUNCATED=choice.truncates,
             CONFIDENCE=confidence_kind,
+            EARLY=forbidden.early is not None,
+            EMPTY_BITS=EMPTY_BITS[logits.dtype],
             TILE=TILE,
             num_warps=8,
-            **options,
         )
         _add_up_kernel[(num_rows,)](
-            *(notes, scores, ids, num_rows, tiles),
-            *(tokens, confidence, largest),
+            notes,
+            scores,
+            ids,
+            num_rows,
+            tiles,
+            tokens,
+            confidence,
+            largest,
             CONFIDENCE=confidence_kind,
             TILES=triton.next_power_of_2(tiles),
             num_warps=1,
@@ -77,32 +96,27 @@ def choose_tokens(
     return tokens, confidence, largest
 
 
-def _barred(forbidden: Forbidden) -> tuple[int, Tensor | None, int, Tensor | None]:
-    if forbidden.early is None:
-        return forbidden.mask_token_id, None, 0, None
-    assert forbidden.stop_tokens is not None
-    stops = forbidden.stop_tokens
-    return forbidden.mask_token_id, stops, len(stops), forbidden.early
-
-
-def _signed_halves(seed: int) -> tuple[int, int]:
-    """Low and high bits as int32: a larger argument would be of another type."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
-
-
-def _least_keys(
-    choice: Choice, given: tuple[Any, ...], options: dict[str, Any], num_rows: int
-) -> Tensor:
+def _least_keys(logits: Tensor, choice: Choice, forbidden: Forbidden) -> Tensor:
     """Of each row the key of the least logit that may be drawn; int32 [rows]"""
-    logits, vocab = given[0], given[2]
+    num_rows, vocab = logits.shape
     least = logits.new_empty(num_rows, dtype=torch.int32)
+    stops = forbidden.stop_tokens
     _least_keys_kernel[(num_rows,)](
-        *given,
-        *(choice.top_p, choice.top_k or vocab, least),
+        logits,
+        logits.stride(0),
+        vocab,
+        forbidden.mask_token_id,
+        stops,
+        0 if stops is None else len(stops),
+        forbidden.early,
+        choice.temperature,
+        choice.top_p,
+        choice.top_k or vocab,
+        least,
+        EARLY=forbidden.early is not None,
+        EMPTY_BITS=EMPTY_BITS[logits.dtype],
         TILE=min(ROW_TILE, triton.next_power_of_2(vocab)),
         num_warps=16,
-        **options,
     )
     return least
 
@@ -152,7 +166,8 @@ def _least_keys_kernel(
 ):
     """Program (row): the least key with at most top_p of the mass and fewer than top_k above it.
 
-    Sums are in one order, so that what is above a higher key is no more, rounding included.
+    Every sum is over the same lanes in the same order: rounded too, the mass above a higher key is
+    no larger, as the search needs.
     """
     row = tl.program_id(0)
     lanes = tl.arange(0, TILE)
@@ -187,31 +202,10 @@ def _least_keys_kernel(
     tl.store(least_ptr + row, high.to(tl.int32))
 
 
-@triton.jit
-def exponential(seed, row, pairs):
-    """See reference.exponential: for tokens 2 * pairs and 2 * pairs + 1, interleaved."""
-    pairs = pairs.to(tl.uint32)
-    zeros = pairs * 0
-    a, b, c, d = tl.philox(seed, pairs, zeros + row.to(tl.uint32), zeros, zeros + STREAM_WORD)
-    return tl.interleave(_exponential(a, b), _exponential(c, d))
-
-
-@triton.jit
-def _exponential(high, low):
-    v = tl.minimum(share(high, low), 1 - 5.9604644775390625e-8)
-    # log(1 - v) loses what a small v has; the rest of the series is below 2**-27 of it.
-    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6))))))
-    return tl.where(v < 0.0625, series, -tl.log(1 - v))
-
-
-@triton.jit
-def share(high, low):
-    """64 random bits as a float32 in (0, 1]."""
-    fraction = (low.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    return (high.to(tl.float32) + fraction) * 2.3283064365386963e-10
-
-
-@triton.jit(do_not_specialize=["mask_token_id", "num_stops", "seed_low", "seed_high", "num_rows"])
+@triton.jit(
+    do_not_specialize=["mask_token_id", "num_stops", "num_rows"],
+    do_not_specialize_on_alignment=["seeds_ptr", "places_ptr", "steps_ptr"],
+)
 def _note_tiles_kernel(
     logits_ptr,
     stride_row,
@@ -221,8 +215,9 @@ def _note_tiles_kernel(
     num_stops,
     early_ptr,
     temperature,
-    seed_low,
-    seed_high,
+    seeds_ptr,
+    places_ptr,
+    steps_ptr,
     least_ptr,
     notes_ptr,
     scores_ptr,
@@ -249,10 +244,12 @@ def _note_tiles_kernel(
 
     score = allowed.to(tl.float64)
     if DRAWN:
-        seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+        seed = tl.load(seeds_ptr + row)
+        canvas_place = tl.load(places_ptr + row)
+        step = tl.load(steps_ptr + row)
         pairs = first // 2 + tl.arange(0, TILE // 2)
-        noise = -tl.log(exponential(seed, row, pairs))
-        score += temperature * noise.to(tl.float64)
+        gumbel = -tl.log(exponential(seed, canvas_place, step, pairs))
+        score += temperature * gumbel.to(tl.float64)
     best = tl.max(score, 0)
     chosen = tl.min(tl.where(score == best, ids, vocab), 0)
 
@@ -311,7 +308,7 @@ def _add_up_kernel(
     largest = tl.where(largest == largest, largest, lowest)
     tl.store(largest_ptr + row, tl.where(has_nan, float("nan"), tl.max(largest, 0)))
 
-    # Few numbers: in float64, what rounds is what was noted.
+    # Float64 costs nothing for so few numbers: only the notes are rounded.
     peaks = tl.load(notes_ptr + PEAK * size + places, mask=inside, other=lowest).to(tl.float64)
     totals = tl.load(notes_ptr + TOTAL * size + places, mask=inside, other=0.0).to(tl.float64)
     peak = tl.max(peaks, 0)

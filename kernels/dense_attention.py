@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Triton: bidirectional attention over all keys of each sequence of a packed batch."""
+"""Triton: bidirectional attention over all keys of each sequence of a batch."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed_vllm.kernels.layout import QueryBlocks
+from sparsed_vllm.kernels.layout import BatchLayout
 from sparsed_vllm.kernels.reference import empty_attention
 from sparsed_vllm.kernels.tiles import (
+    KEY_LEN,
+    KEY_START,
     LOG2_E,
     LOWEST,
+    NUM_ROWS,
+    QUERY_START,
     Tiles,
     attend,
+    column,
+    find_tile,
     head_options,
     load_rows,
     store_attention,
@@ -24,7 +30,7 @@ def dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
     *,
     scale: float,
     out: Tensor | None = None,
@@ -33,16 +39,29 @@ def dense_attention(
     """See reference.dense_attention."""
     assert scale > 0, "the maximum is taken before scaling"
     out, lse = empty_attention(q, out, return_lse)
-    tiles = Tiles.of(blocks.block_size, q)
-    grid = (blocks.num_blocks * (blocks.block_size // tiles.rows), q.shape[1])
-    if blocks.num_blocks:
+    tiles = Tiles.of(layout.tile, q)
+    grid = (layout.num_tiles * (layout.tile // tiles.rows), q.shape[1])
+    if layout.num_tiles:
         _dense_attention_kernel[grid](
-            *(q, k, v, out, lse),
-            *(blocks.starts, blocks.lengths, blocks.indices, blocks.query_starts),
-            *(q.shape[0], scale * LOG2_E.value),
-            *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            layout.columns,
+            layout.num_seqs,
+            scale * LOG2_E.value,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            q.shape[0],
             GROUP=q.shape[1] // k.shape[1],
-            BLOCK=blocks.block_size,
+            TILE=layout.tile,
             RETURN_LSE=return_lse,
             **head_options(q),
             **tiles.options,
@@ -50,76 +69,78 @@ def dense_attention(
     return out if lse is None else (out, lse)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # else compiled anew for what divides it
+# Nothing depends on what divides these, and each would be compiled for anew.
+@triton.jit(
+    do_not_specialize=["num_seqs", "stride_lse_head"],
+    do_not_specialize_on_alignment=["columns"],
+)
 def _dense_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
     lse_ptr,
-    starts,
-    lengths,
-    indices,
-    query_starts,
-    num_rows,
+    columns,
+    num_seqs,
     scale_log2,
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_head,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (query tile, head); the tiles of a head run together, so that they share its keys."""
-    block = tl.program_id(0) // (BLOCK // ROWS)
+    """Program (ROWS of a tile, head); the tiles of a head run together: they share its keys."""
+    sequence, index = find_tile(columns, num_seqs, tl.program_id(0) // (TILE // ROWS))
     head = tl.program_id(1).to(tl.int64)
-    start = tl.load(starts + block).to(tl.int64)
-    length = tl.load(lengths + block)
-    first_row = tl.load(indices + block) * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    # Below 0 where q lacks the sequence's beginning; the tile's own rows are not.
-    query_start = tl.load(query_starts + block).to(tl.int64)
-    q_base = q_ptr + query_start * stride_qt + head * stride_qh
-    k_base = k_ptr + start * stride_kt + head // GROUP * stride_kh
-    v_base = v_ptr + start * stride_vt + head // GROUP * stride_vh
+    query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
+    num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
+    key_start = column(columns, num_seqs, KEY_START, sequence).to(tl.int64)
+    key_len = column(columns, num_seqs, KEY_LEN, sequence)
+    rows = index * TILE + tl.program_id(0) % (TILE // ROWS) * ROWS + tl.arange(0, ROWS)
+    q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
+    k_base = k_ptr + key_start * stride_k_row + head // GROUP * stride_k_head
+    v_base = v_ptr + key_start * stride_v_row + head // GROUP * stride_v_head
 
-    q = load_rows(q_base, 0, rows, length, stride_qt, HEAD_DIM, DIM, True)
+    q = load_rows(q_base, 0, rows, num_rows, stride_q_row, HEAD_DIM, DIM, True)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], LOWEST, tl.float32)
     lanes = tl.arange(0, KEYS)
-    whole = length // KEYS * KEYS
+    whole = key_len // KEYS * KEYS
     for first in tl.range(0, whole, KEYS):
-        k = load_rows(k_base, first, lanes, length, stride_kt, HEAD_DIM, DIM, False)
-        v = load_rows(v_base, first, lanes, length, stride_vt, HEAD_DIM, DIM, False)
+        k = load_rows(k_base, first, lanes, key_len, stride_k_row, HEAD_DIM, DIM, False)
+        v = load_rows(v_base, first, lanes, key_len, stride_v_row, HEAD_DIM, DIM, False)
         acc, total, peak = attend(acc, total, peak, q, k, v, lanes, scale_log2, False)
-    if whole < length:
-        k = load_rows(k_base, whole, lanes, length, stride_kt, HEAD_DIM, DIM, True)
-        v = load_rows(v_base, whole, lanes, length, stride_vt, HEAD_DIM, DIM, True)
-        seen = whole + lanes < length
+    if whole < key_len:
+        k = load_rows(k_base, whole, lanes, key_len, stride_k_row, HEAD_DIM, DIM, True)
+        v = load_rows(v_base, whole, lanes, key_len, stride_v_row, HEAD_DIM, DIM, True)
+        seen = whole + lanes < key_len
         acc, total, peak = attend(acc, total, peak, q, k, v, seen, scale_log2, True)
 
-    out = out_ptr + query_start * stride_ot + head * stride_oh
-    lse_offset = head * num_rows + query_start
+    out = out_ptr + query_start * stride_out_row + head * stride_out_head
+    lse = lse_ptr
+    if RETURN_LSE:
+        lse = lse_ptr + head * stride_lse_head + query_start
     store_attention(
         acc,
         total,
         peak,
         out,
-        lse_ptr,
-        lse_offset,
+        lse,
         rows,
-        length,
-        stride_ot,
+        num_rows,
+        stride_out_row,
         HEAD_DIM,
         DIM,
         RETURN_LSE,

@@ -3,14 +3,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gluon, for sm_90: attention of each query block over the key blocks that its list names.
 
-A program takes one tile (128 queries of one head) after another. Its first warps only load: they
-keep a ring of key and a ring of value blocks full. Two consumers of four warps hold 64 queries
-each and share what is loaded, so that one multiplies while the other exponentiates.
+A persistent program computes one tile (128 query rows of one head) after another. Its first four
+warps only load: they keep a ring of key blocks and one of value blocks full by TMA. Two consumers
+of four warps hold 64 query rows each and share the blocks: one computes exponentials while the
+other has the tensor cores.
 
-Weights are relative to the largest logit of a list's last block, which comes first, instead of a
-maximum that moves: that takes a tenth of the time. Where a later logit lies so far above it that
-sums overflow, which they show at their end, the tile is taken again, with a moving maximum. 16-bit
-floats of five exponent bits have no such room: their maximum always moves.
+Weights are relative to a fixed reference: the largest logit of the list's last block, which is
+taken first. A running maximum makes every weight of a block wait for all of the block's logits;
+without it a launch takes 7 to 13% less time. A later logit may lie so far above the reference that
+sums overflow. They are then infinite or NaN at the tile's end, and the tile is computed again with
+a running maximum. A weight in float16 overflows beyond 65504: there the maximum always runs.
 """
 
 from functools import cache
@@ -27,27 +29,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsed_vllm.kernels.layout import QueryBlocks
+from sparsed_vllm.kernels.layout import BatchLayout, BlockTables
 from sparsed_vllm.kernels.reference import empty_attention
-from sparsed_vllm.kernels.rings import fill, filled, make_ring, release, store, tiles_of
+from sparsed_vllm.kernels.rings import (
+    column,
+    fill,
+    filled,
+    find_tile,
+    make_ring,
+    release,
+    store,
+    tiles_of,
+)
+from sparsed_vllm.kernels.tiles import (
+    FIRST_ROW,
+    KEY_LEN,
+    KEY_START,
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    NUM_ROWS,
+    PAGE,
+    PAGE_ROW,
+    QUERY_START,
+)
 
-BLOCK = gl.constexpr(128)  # queries of a tile, keys of a step
-ROWS = gl.constexpr(64)  # queries of a consumer
-STAGES = gl.constexpr(2)  # of each ring: all that fits into shared memory
+BLOCK = gl.constexpr(128)  # query rows of a tile, keys of a step
+ROWS = gl.constexpr(64)  # query rows of a consumer
+STAGES = gl.constexpr(2)  # of each ring: three do not fit into shared memory with heads of 128
 REGISTERS = gl.constexpr(240)  # of a consumer's thread
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # what a maximum is at least
-LN_2 = gl.constexpr(0.6931471805599453)
-LOG2_E = 1.4426950408889634
 
 
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
     *,
     scale: float,
     out: Tensor | None = None,
@@ -59,43 +77,39 @@ def block_sparse_attention(
     """
     assert scale > 0, "the maximum is taken before scaling"
     out, lse = empty_attention(q, out, return_lse)
-    for span, places in blocks.by_span():
-        tokens = slice(span.first, span.first + span.length)
-        queries = span.query_rows
-        part = None if lse is None else lse[:, tokens]
-        table = (kept, num_kept, rows[places])
-        _attend_in_sequence(q[queries], k[tokens], v[tokens], out[queries], part, *table, scale)
-    return out if lse is None else (out, lse)
-
-
-def _attend_in_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
-    scale: float,
-) -> None:
-    """One launch for one sequence: what lies past its end reads as zeros, and is not written.
-
-    q, out [rows of its query blocks, ...];  k, v [its tokens, ...]
-    """
-    num_tiles = rows.shape[0] * q.shape[1]
+    num_tiles = layout.num_tiles * q.shape[1]
     num_programs = min(num_tiles, _num_multiprocessors(q.device))
-    overflows = kept.new_empty((num_tiles + num_programs, 2), dtype=torch.int32)
-    _block_sparse_attention_kernel[(num_programs,)](
-        *(tiles_of(x, rows) for x, rows in ((q, ROWS), (k, BLOCK), (v, BLOCK), (out, ROWS))),
-        *(lse, kept, num_kept, rows, overflows),
-        *(k.shape[0], rows.shape[0], num_tiles, scale * LOG2_E),
-        *(x.stride(1) for x in (q, k, v, out)),
-        0 if lse is None else lse.stride(0),
-        *(stride for x in (kept, num_kept) for stride in x.stride()[:2]),
-        q.shape[1] // k.shape[1],
-        num_warps=4,
-    )
+    overflows = q.new_empty((num_tiles + num_programs, 2), dtype=torch.int32)
+    if num_tiles:
+        _block_sparse_attention_kernel[(num_programs,)](
+            tiles_of(q, ROWS),
+            tiles_of(k, BLOCK),
+            tiles_of(v, BLOCK),
+            tiles_of(out, ROWS),
+            lse,
+            layout.columns,
+            layout.num_seqs,
+            tables.kept,
+            tables.num_kept,
+            tables.pages,
+            overflows,
+            layout.num_tiles,
+            num_tiles,
+            scale * LOG2_E.value,
+            q.stride(1),
+            k.stride(1),
+            v.stride(1),
+            out.stride(1),
+            q.shape[0],
+            tables.kept.stride(0),
+            tables.kept.stride(2),
+            tables.num_kept.stride(0),
+            tables.num_kept.stride(2),
+            tables.pages.stride(0),
+            q.shape[1] // k.shape[1],
+            num_warps=4,
+        )
+    return out if lse is None else (out, lse)
 
 
 @cache
@@ -104,17 +118,30 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 # Nothing depends on what divides these, and each would be compiled for anew.
-_ANY_VALUE = [
-    *("length", "num_q_blocks", "num_tiles", "lse_head"),
-    *("q_head", "k_head", "v_head", "out_head"),
-    *("kept_row", "kept_head", "num_row", "num_head", "group"),
-]
-
-
 @gluon.jit(
-    do_not_specialize=_ANY_VALUE,
+    do_not_specialize=[
+        "num_seqs",
+        "num_q_blocks",
+        "num_tiles",
+        "q_head",
+        "k_head",
+        "v_head",
+        "out_head",
+        "lse_head",
+        "kept_page",
+        "kept_head",
+        "num_page",
+        "num_head",
+        "page_row",
+        "group",
+    ],
     do_not_specialize_on_alignment=[
-        *("lse_ptr", "kept_ptr", "num_kept_ptr", "rows_ptr", "overflow_ptr")
+        "lse_ptr",
+        "columns",
+        "kept_ptr",
+        "num_kept_ptr",
+        "pages_ptr",
+        "overflow_ptr",
     ],
 )
 def _block_sparse_attention_kernel(
@@ -123,11 +150,12 @@ def _block_sparse_attention_kernel(
     v_tiles,
     out_tiles,
     lse_ptr,
+    columns,
+    num_seqs,
     kept_ptr,
     num_kept_ptr,
-    rows_ptr,
+    pages_ptr,
     overflow_ptr,
-    length,
     num_q_blocks,
     num_tiles,
     scale_log2,
@@ -136,17 +164,21 @@ def _block_sparse_attention_kernel(
     v_head,
     out_head,
     lse_head,
-    kept_row,
+    kept_page,
     kept_head,
-    num_row,
+    num_page,
     num_head,
+    page_row,
     group,
 ):
-    """Each program takes every num_programs-th tile; x_head: columns from head to head.
+    """Each program computes every num_programs-th tile.
 
-    The tiles of a head are taken together: with ascending lists they sweep its keys in step, and
-    find most of them in the cache. overflow_ptr: int32 [num_tiles + num_programs, 2], whether half
-    of a tile has overflowed, and how many of a program have.
+    The tiles of a head run together: with ascending lists they sweep its keys in step, and find
+    most of them in the L2 cache.
+
+    num_q_blocks: tiles of a head;  num_tiles: of all heads;  x_head: stride from head to head
+    overflow_ptr: int32 [num_tiles + num_programs, 2], for each half: whether it has overflowed in
+    a tile, then in how many of a program's tiles
     """
     q_ring = make_ring(2 * STAGES, q_tiles, 1)
     k_ring = make_ring(STAGES, k_tiles, 2)
@@ -155,15 +187,16 @@ def _block_sparse_attention_kernel(
     mbarrier.init(seen_once, count=2)
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
-    lists = (kept_ptr, num_kept_ptr, rows_ptr, kept_row, kept_head, num_row, num_head)
-    tiles = (num_q_blocks, num_tiles, overflow_ptr, seen_once)
+    layout = (columns, num_seqs, num_q_blocks)
+    lists = (kept_ptr, num_kept_ptr, pages_ptr, kept_page, kept_head, num_page, num_head, page_row)
+    work = (num_tiles, overflow_ptr, seen_once)
     inputs = (q_tiles, k_tiles, v_tiles, q_head, k_head, v_head, group)
     outputs = (out_tiles, lse_ptr, out_head, lse_head)
     gl.warp_specialize(
         [
-            (_load_tiles, (rings, lists, tiles, inputs)),
-            (_attend_tiles, (rings, lists, tiles, outputs, length, scale_log2, 0)),
-            (_attend_tiles, (rings, lists, tiles, outputs, length, scale_log2, 1)),
+            (_load_tiles, (rings, layout, lists, work, inputs)),
+            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 0)),
+            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 1)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -171,13 +204,24 @@ def _block_sparse_attention_kernel(
 
 
 @gluon.jit
-def _list_of(tile, num_q_blocks, lists):
-    """Where a tile's list begins, its length, and its last block: block 0 if it is empty."""
-    kept_ptr, num_kept_ptr, rows_ptr, kept_row, kept_head, num_row, num_head = lists
-    head = tile // num_q_blocks
-    row = gl.load(rows_ptr + tile % num_q_blocks)
-    ids = kept_ptr + row * kept_row + head * kept_head
-    count = gl.load(num_kept_ptr + row * num_row + head * num_head)
+def _find(tile, layout):
+    """A tile's head, its sequence, and its index among that sequence's tiles."""
+    columns, num_seqs, num_q_blocks = layout
+    sequence, index = find_tile(columns, num_seqs, tile % num_q_blocks, 0)
+    return tile // num_q_blocks, sequence, index
+
+
+@gluon.jit
+def _list_of(head, sequence, index, layout, lists):
+    """A tile's list: a pointer to its ids, their number, and the last id; 0 if it is empty."""
+    columns, num_seqs, _ = layout
+    kept_ptr, num_kept_ptr, pages_ptr, kept_page, kept_head, num_page, num_head, page_row = lists
+    gl.static_assert(BLOCK == PAGE)
+    block = column(columns, num_seqs, FIRST_ROW, sequence) // BLOCK + index
+    row = column(columns, num_seqs, PAGE_ROW, sequence).to(gl.int64)
+    page = gl.load(pages_ptr + row * page_row + block).to(gl.int64)
+    ids = kept_ptr + page * kept_page + head * kept_head
+    count = gl.load(num_kept_ptr + page * num_page + head * num_head).to(gl.int32)
     last = 0
     if count > 0:
         last = gl.load(ids + count - 1).to(gl.int32)
@@ -185,68 +229,79 @@ def _list_of(tile, num_q_blocks, lists):
 
 
 @gluon.jit
-def _load_tiles(rings, lists, tiles, inputs):
-    """The producer."""
-    num_q_blocks, num_tiles, overflow_ptr, seen_once = tiles
+def _load_tiles(rings, layout, lists, work, inputs):
+    """The producer. The second loop serves the consumers' second pass over overflowed tiles."""
+    num_tiles, overflow_ptr, seen_once = work
     step = 0  # blocks so far
     turn = 0  # halves of tiles so far
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        step = _load_tile(rings, lists, inputs, num_q_blocks, tile, turn, step)
+        step = _load_tile(rings, layout, lists, inputs, tile, turn, step)
         turn += 2
     mbarrier.wait(seen_once, 0)
     if _has_overflowed(overflow_ptr, num_tiles + gl.program_id(0)):
         for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
             if _has_overflowed(overflow_ptr, tile):
-                step = _load_tile(rings, lists, inputs, num_q_blocks, tile, turn, step)
+                step = _load_tile(rings, layout, lists, inputs, tile, turn, step)
                 turn += 2
 
 
 @gluon.jit
-def _load_tile(rings, lists, inputs, num_q_blocks, tile, turn, step):
-    """A list's last block comes first, values one block behind keys. Returns the next step."""
+def _load_tile(rings, layout, lists, inputs, tile, turn, step):
+    """Loads a tile's queries, and its blocks in the consumers' order. Returns the next step.
+
+    The list's last block comes first; values follow their keys one block later.
+    """
     q_ring, k_ring, v_ring = rings
+    columns, num_seqs, _ = layout
     q_tiles, k_tiles, v_tiles, q_head, k_head, v_head, group = inputs
-    head = tile // num_q_blocks
+    head, sequence, index = _find(tile, layout)
     k_column = head // group * k_head
     v_column = head // group * v_head
-    ids, count, block = _list_of(tile, num_q_blocks, lists)
-    fill(k_ring, step, k_tiles, block * BLOCK, k_column)
+    key_start = column(columns, num_seqs, KEY_START, sequence)
+    key_end = key_start + column(columns, num_seqs, KEY_LEN, sequence)
+    ids, count, block = _list_of(head, sequence, index, layout, lists)
+    fill(k_ring, step, k_tiles, key_start, key_end, block * BLOCK, k_column)
+    start = column(columns, num_seqs, QUERY_START, sequence)
+    end = start + column(columns, num_seqs, NUM_ROWS, sequence)
     for half in gl.static_range(2):
-        row = tile % num_q_blocks * BLOCK + half * ROWS
-        fill(q_ring, turn + half, q_tiles, row, head * q_head)
+        row = index * BLOCK + half * ROWS
+        fill(q_ring, turn + half, q_tiles, start, end, row, head * q_head)
     for i in range(1, count):
         following = gl.load(ids + i - 1).to(gl.int32)
-        fill(k_ring, step + 1, k_tiles, following * BLOCK, k_column)
-        fill(v_ring, step, v_tiles, block * BLOCK, v_column)
+        fill(k_ring, step + 1, k_tiles, key_start, key_end, following * BLOCK, k_column)
+        fill(v_ring, step, v_tiles, key_start, key_end, block * BLOCK, v_column)
         block = following
         step += 1
-    fill(v_ring, step, v_tiles, block * BLOCK, v_column)
+    fill(v_ring, step, v_tiles, key_start, key_end, block * BLOCK, v_column)
     return step + 1
 
 
 @gluon.jit
 def _has_overflowed(overflow_ptr, row):
-    """Whether either half of a tile has, or of a program's."""
+    """Whether either half of a tile has, or of any tile of a program."""
     first = gl.load(overflow_ptr + 2 * row, volatile=True)
     return first + gl.load(overflow_ptr + 2 * row + 1, volatile=True) > 0
 
 
 @gluon.jit
-def _attend_tiles(rings, lists, tiles, outputs, length, scale_log2, HALF: gl.constexpr):
-    """A consumer. What overflows is not written the first time, and nothing else the second."""
+def _attend_tiles(rings, layout, lists, work, outputs, scale_log2, HALF: gl.constexpr):
+    """A consumer. Its second pass computes the tiles in which either half has overflowed.
+
+    An overflowed half is not written in the first pass, and only such a half in the second.
+    """
     q_ring, k_ring, v_ring = rings
-    num_q_blocks, num_tiles, overflow_ptr, seen_once = tiles
-    blocks = (k_ring, v_ring, lists, num_q_blocks, length, scale_log2)
+    num_tiles, overflow_ptr, seen_once = work
+    keys = (k_ring, v_ring, lists, scale_log2)
     step = 0
     turn = HALF
     overflows = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         q = filled(q_ring, turn)
-        acc, peak, total, step = _attend_tile(q, blocks, tile, step, q.dtype == gl.float16)
+        acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, q.dtype == gl.float16)
         overflow = _overflow(acc, total)
         gl.store(overflow_ptr + 2 * tile + HALF, overflow)
         if overflow == 0:
-            _store_tile(outputs, q, acc, peak, total, tile, num_q_blocks, HALF, length)
+            _store_tile(outputs, layout, q, acc, peak, total, tile, HALF)
         release(q_ring, turn)
         overflows += overflow
         turn += 2
@@ -257,29 +312,32 @@ def _attend_tiles(rings, lists, tiles, outputs, length, scale_log2, HALF: gl.con
         for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
             if _has_overflowed(overflow_ptr, tile):
                 q = filled(q_ring, turn)
-                acc, peak, total, step = _attend_tile(q, blocks, tile, step, True)
+                acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, True)
                 if gl.load(overflow_ptr + 2 * tile + HALF, volatile=True) > 0:
-                    _store_tile(outputs, q, acc, peak, total, tile, num_q_blocks, HALF, length)
+                    _store_tile(outputs, layout, q, acc, peak, total, tile, HALF)
                 release(q_ring, turn)
                 turn += 2
 
 
 @gluon.jit
-def _attend_tile(q, blocks, tile, step, MOVING: gl.constexpr):
-    """Sums of weighted values, what weights are relative to, their sums, and the next step.
+def _attend_tile(q, layout, keys, tile, step, MOVING: gl.constexpr):
+    """Returns weighted sums of values, the weights' reference, their sums, and the next step.
 
-    Only a list's last block can be partial: it comes first, outside of the loop. In the loop the
-    values of one block are multiplied while the next one's weights are found.
+    Only a list's last block can be partial: it comes first, outside of the loop, and there alone
+    keys are masked. In the loop, P V of one block runs under the softmax of the next.
     MOVING: weights are relative to the largest logit so far, not to the first block's
     """
-    k_ring, v_ring, lists, num_q_blocks, length, scale_log2 = blocks
+    k_ring, v_ring, lists, scale_log2 = keys
+    columns, num_seqs, _ = layout
     HEAD_DIM: gl.constexpr = q.shape[1]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OF_SUM: gl.constexpr = gl.SliceLayout(1, SUMS)
     nothing = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
-    _, count, block = _list_of(tile, num_q_blocks, lists)
+    head, sequence, index = _find(tile, layout)
+    length = column(columns, num_seqs, KEY_LEN, sequence)
+    _, count, block = _list_of(head, sequence, index, layout, lists)
     k = filled(k_ring, step).permute((1, 0))
     logits = warpgroup_mma(q, k, nothing, use_acc=False)
     release(k_ring, step)
@@ -307,7 +365,7 @@ def _attend_tile(q, blocks, tile, step, MOVING: gl.constexpr):
         total += gl.sum(new_weights, 1)
         acc = warpgroup_mma_wait(0, [acc])
         release(v_ring, step)
-        # Not before the wait: the product still reads the former weights' registers.
+        # After the wait: until then the product reads the former weights from registers.
         weights = gl.convert_layout(new_weights.to(q.dtype), WEIGHTS)
         if MOVING:
             acc *= gl.expand_dims(gl.convert_layout(gl.exp2(former - peak), OF_SUM), 1)
@@ -319,7 +377,7 @@ def _attend_tile(q, blocks, tile, step, MOVING: gl.constexpr):
 
 @gluon.jit
 def _peak(logits, former, scale_log2):
-    """Of raw products, so that the scaling fuses with the subtraction."""
+    """The maximum is taken of raw products: the scaling then fuses with the subtraction (FMA)."""
     return gl.maximum(former, gl.max(logits, 1) * scale_log2)
 
 
@@ -330,29 +388,32 @@ def _weigh(logits, peak, scale_log2):
 
 @gluon.jit
 def _overflow(acc, total):
-    """1 if a sum is infinite or no number, else 0."""
+    """1 if a sum is infinite or NaN, else 0."""
     finite = gl.min((gl.abs(acc) < float("inf")).to(gl.int32), 1)
     known = gl.convert_layout((total < float("inf")).to(gl.int32), finite.type.layout)
     return 1 - gl.min(finite & known, 0)
 
 
 @gluon.jit
-def _store_tile(outputs, memory, acc, peak, total, tile, num_q_blocks, HALF: gl.constexpr, length):
-    """Writes half a tile and its log-sum-exp; returns once `memory` is free again.
+def _store_tile(outputs, layout, memory, acc, peak, total, tile, HALF: gl.constexpr):
+    """Writes half a tile and its log-sum-exp; returns once `memory` can be filled again.
 
-    memory: the tile's queries, which all have been read
+    memory: where its queries were, which are no longer needed
     """
     out_tiles, lse_ptr, out_head, lse_head = outputs
+    columns, num_seqs, _ = layout
     seen = gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))
     seen = gl.expand_dims(seen, 1)
     result = gl.where(seen == 0, 0.0, acc / seen)
-    row = tile % num_q_blocks * BLOCK + HALF * ROWS
-    head = tile // num_q_blocks
+    head, sequence, index = _find(tile, layout)
+    row = index * BLOCK + HALF * ROWS
+    start = column(columns, num_seqs, QUERY_START, sequence)
+    num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
     memory.store(result.to(memory.dtype))
     fence_async_shared()
-    store(out_tiles, [row, head * out_head], memory)
+    store(out_tiles, start, start + num_rows, row, head * out_head, memory)
     if lse_ptr is not None:
         rows = row + gl.arange(0, ROWS, layout=peak.type.layout)
-        lse = lse_ptr + head.to(gl.int64) * lse_head + rows
-        gl.store(lse, (peak + gl.log2(total)) * LN_2, mask=rows < length)
+        lse = lse_ptr + head.to(gl.int64) * lse_head + start + rows
+        gl.store(lse, (peak + gl.log2(total)) * LN_2, mask=rows < num_rows)
     tma.store_wait(0)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Gluon, for sm_90: block scores whose log-sum-exp is known; the Triton kernel does the rest.
+"""Gluon, for sm_90: scores of the prompts' key blocks where the log-sum-exp is known.
 
-Here are a prompt's blocks, which need no mask; they are most of a recording. A program takes two
-query blocks of one head and all key blocks. Its first warps only load. Two consumers of four warps
-have a query block each, and multiply one half of it while they exponentiate the other.
+These blocks are whole and need no mask, and they are most of a recording; the Triton kernel scores
+the generation's. A program has two query blocks of one head, and goes over the prompt's key blocks.
+Its first four warps only load. Two consumers of four warps have a query block each: q k^T of one
+half of it runs under the exponentials of the other.
 """
 
 from torch import Tensor
@@ -18,22 +19,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparsed_vllm.kernels import block_scores as plain
-from sparsed_vllm.kernels.layout import QueryBlocks, first_gen_block
+from sparsed_vllm.kernels.layout import BatchLayout, Selection
 from sparsed_vllm.kernels.reference import empty_scores
-from sparsed_vllm.kernels.rings import fill, filled, make_ring, release, tiles_of
+from sparsed_vllm.kernels.rings import (
+    column,
+    fill,
+    filled,
+    find_tile,
+    make_ring,
+    release,
+    tile_at,
+    tiles_of,
+)
+from sparsed_vllm.kernels.tiles import (
+    FIRST_GEN,
+    KEY_LEN,
+    KEY_START,
+    LOG2_E,
+    QUERY_START,
+    TILE_START,
+)
 
-BLOCK = gl.constexpr(128)  # queries of a consumer, keys of a step
-ROWS = gl.constexpr(64)  # queries of a product
+BLOCK = gl.constexpr(128)  # query rows of a consumer, keys of a step
+ROWS = gl.constexpr(64)  # query rows of a product
 STAGES = gl.constexpr(4)  # key blocks in shared memory
 REGISTERS = gl.constexpr(240)  # of a consumer's thread
-LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 def block_scores(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     *,
     scale: float,
     out: tuple[Tensor, Tensor] | None = None,
@@ -43,51 +61,62 @@ def block_scores(
     16 bits a number, heads of 64 or 128, blocks of 128; base and strides aligned to 16 bytes
     """
     if lse is None:
-        return plain.block_scores(q, k, lse, blocks, scale=scale, out=out)
-    assert lse.is_contiguous()
-    scores, gen_scores = out or empty_scores(q, blocks)
+        return plain.block_scores(q, k, lse, layout, selection, scale=scale, out=out)
+    scores, gen_scores = out or empty_scores(q, layout)
     scores.fill_(float("-inf"))
     gen_scores.fill_(float("-inf"))
-    for span, places in blocks.by_span():
-        tokens = slice(span.first, span.first + span.length)
-        count = first_gen_block(span, blocks.block_size)
-        _score_prompt(q[tokens], k[tokens], lse[:, tokens], scores[:, places], count, scale)
-    plain.score_generation(q, k, lse, blocks, scores, gen_scores, scale)
+    if selection.host[FIRST_GEN.value].any() and layout.num_tiles:
+        _prompt_scores_kernel[(num_pairs(layout), q.shape[1])](
+            tiles_of(q, ROWS),
+            tiles_of(k, BLOCK),
+            lse,
+            scores,
+            layout.columns,
+            selection.counts,
+            layout.num_seqs,
+            scale * LOG2_E.value,
+            q.stride(1),
+            k.stride(1),
+            q.shape[1] // k.shape[1],
+            lse.stride(0),
+            scores.stride(0),
+            scores.stride(1),
+            num_warps=4,
+        )
+    plain.score_generation(q, k, lse, layout, selection, scores, gen_scores, scale)
     return scores, gen_scores
 
 
-def _score_prompt(
-    q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, count: int, scale: float
-) -> None:
-    """One launch for one sequence: scores of its first `count` key blocks.
+def num_pairs(layout: BatchLayout) -> int:
+    """Programs of a head, two query blocks each.
 
-    q, k [its tokens, ...];  scores [heads, its query blocks, ...]
+    So that none takes blocks of two sequences, sequences are numbered as if one tile lay between
+    each and the next; one that then begins with an odd number has its first pair after that.
     """
-    if count:
-        _prompt_scores_kernel[((scores.shape[1] + 1) // 2, q.shape[1])](
-            *(tiles_of(q, ROWS), tiles_of(k, BLOCK), lse, scores),
-            *(q.shape[0], count, scale * LOG2_E.value),
-            *(q.stride(1), k.stride(1), q.shape[1] // k.shape[1]),
-            *(lse.stride(0), scores.stride(0), scores.stride(1)),
-            num_warps=4,
-        )
+    return (layout.num_tiles + layout.num_seqs + 1) // 2
 
 
 # Nothing depends on what divides these, and each would be compiled for anew.
-_ANY_VALUE = [
-    *("length", "count", "q_head", "k_head", "group"),
-    *("lse_head", "scores_head", "scores_block"),
-]
-
-
-@gluon.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=["lse_ptr", "scores_ptr"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "q_head",
+        "k_head",
+        "group",
+        "lse_head",
+        "scores_head",
+        "scores_block",
+    ],
+    do_not_specialize_on_alignment=["lse_ptr", "scores_ptr", "columns", "counts"],
+)
 def _prompt_scores_kernel(
     q_tiles,
     k_tiles,
     lse_ptr,
     scores_ptr,
-    length,
-    count,
+    columns,
+    counts,
+    num_seqs,
     scale_log2,
     q_head,
     k_head,
@@ -96,18 +125,19 @@ def _prompt_scores_kernel(
     scores_head,
     scores_block,
 ):
-    """Program (two query blocks, head); x_head: columns, or numbers, from head to head."""
+    """Program (two query blocks of a sequence, head); x_head: stride from head to head."""
     q_ring = make_ring(4, q_tiles, 1)
     k_ring = make_ring(STAGES, k_tiles, 2)
     fence_async_shared()
     rings = (q_ring, k_ring)
+    layout = (columns, counts, num_seqs)
     inputs = (q_tiles, k_tiles, q_head, k_head, group)
     outputs = (lse_ptr, scores_ptr, lse_head, scores_head, scores_block)
     gl.warp_specialize(
         [
-            (_load_blocks, (rings, inputs, count)),
-            (_score_blocks, (rings, outputs, length, count, scale_log2, 0)),
-            (_score_blocks, (rings, outputs, length, count, scale_log2, 1)),
+            (_load_blocks, (rings, layout, inputs)),
+            (_score_blocks, (rings, layout, outputs, scale_log2, 0)),
+            (_score_blocks, (rings, layout, outputs, scale_log2, 1)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -115,36 +145,59 @@ def _prompt_scores_kernel(
 
 
 @gluon.jit
-def _load_blocks(rings, inputs, count):
-    """The producer. The block after the last is loaded, too: consumers begin its product."""
-    q_ring, k_ring = rings
-    q_tiles, k_tiles, q_head, k_head, group = inputs
-    head = gl.program_id(1)
-    for part in gl.static_range(4):
-        row = gl.program_id(0) * (2 * BLOCK) + part * ROWS
-        fill(q_ring, part, q_tiles, row, head * q_head)
-    for step in range(count + 1):
-        fill(k_ring, step, k_tiles, step * BLOCK, head // group * k_head)
+def _find_pair(layout):
+    """This program's sequence, its first query block, and the key blocks to score.
+
+    See num_pairs. A pair past the sequence's end scores none.
+    """
+    columns, counts, num_seqs = layout
+    sequence, index = find_tile(columns, num_seqs, 2 * gl.program_id(0), 1)
+    index -= index % 2
+    length = column(columns, num_seqs, KEY_LEN, sequence)
+    count = column(counts, num_seqs, FIRST_GEN, sequence)
+    return sequence, index, length, gl.where(index * BLOCK < length, count, 0)
 
 
 @gluon.jit
-def _score_blocks(rings, outputs, length, count, scale_log2, PLACE: gl.constexpr):
-    """A consumer: PLACE 0 or 1 of the program's query blocks.
+def _load_blocks(rings, layout, inputs):
+    """The producer. It loads one block more than is scored: the consumers run a product ahead."""
+    q_ring, k_ring = rings
+    columns, _, num_seqs = layout
+    q_tiles, k_tiles, q_head, k_head, group = inputs
+    head = gl.program_id(1)
+    sequence, index, length, count = _find_pair(layout)
+    start = column(columns, num_seqs, QUERY_START, sequence)
+    for part in gl.static_range(4):
+        row = index * BLOCK + part * ROWS
+        fill(q_ring, part, q_tiles, start, start + length, row, head * q_head)
+    start = column(columns, num_seqs, KEY_START, sequence)
+    for step in range(count + 1):
+        k_column = head // group * k_head
+        fill(k_ring, step, k_tiles, start, start + length, step * BLOCK, k_column)
 
-    Each product runs under the weights of the one before. It is awaited before the next one
-    begins: ptxas would serialize products that it cannot tell apart over the loop's end.
+
+@gluon.jit
+def _score_blocks(rings, layout, outputs, scale_log2, PLACE: gl.constexpr):
+    """A consumer of query block PLACE, 0 or 1, of the program.
+
+    Each product runs under the exponentials of the one before, and is awaited before the next one
+    begins: with two in flight over the loop's back edge, ptxas serializes them.
     """
     q_ring, k_ring = rings
+    columns, _, num_seqs = layout
     lse_ptr, scores_ptr, lse_head, scores_head, scores_block = outputs
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     QUERIES: gl.constexpr = gl.DotOperandLayout(0, LOGITS, 2)
-    block = gl.program_id(0) * 2 + PLACE
+    sequence, index, length, count = _find_pair(layout)
+    block = index + PLACE
+    tile = column(columns, num_seqs, TILE_START, sequence) + block
     head = gl.program_id(1).to(gl.int64)
     rows = block * BLOCK + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
-    upper_lse = _load_lse(lse_ptr + head * lse_head, rows, length)
-    lower_lse = _load_lse(lse_ptr + head * lse_head, rows + ROWS, length)
-    scores = scores_ptr + head * scores_head + block.to(gl.int64) * scores_block
-    # In registers: from shared memory each product would read them anew.
+    lse = lse_ptr + head * lse_head + column(columns, num_seqs, QUERY_START, sequence)
+    upper_lse = _load_lse(lse, rows, length)
+    lower_lse = _load_lse(lse, rows + ROWS, length)
+    scores = scores_ptr + head * scores_head + tile.to(gl.int64) * scores_block
+    # Queries stay in registers: from shared memory, every product would read them again.
     upper_q = filled(q_ring, 2 * PLACE).load(QUERIES)
     lower_q = filled(q_ring, 2 * PLACE + 1).load(QUERIES)
     nothing = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
@@ -152,7 +205,7 @@ def _score_blocks(rings, outputs, length, count, scale_log2, PLACE: gl.constexpr
     upper = warpgroup_mma(upper_q, k, nothing, use_acc=False, is_async=True)
     for step in range(count):
         upper = warpgroup_mma_wait(0, [upper])
-        k = k_ring[0].index(step % STAGES).permute((1, 0))
+        k = tile_at(k_ring, step % STAGES).permute((1, 0))
         lower = warpgroup_mma(lower_q, k, nothing, use_acc=False, is_async=True)
         mass = _sum_weights(upper, upper_lse, scale_log2)
         lower = warpgroup_mma_wait(0, [lower])
@@ -168,7 +221,7 @@ def _score_blocks(rings, outputs, length, count, scale_log2, PLACE: gl.constexpr
 
 @gluon.jit
 def _load_lse(lse_ptr, rows, length):
-    """In units of log 2. exp2(logit - inf) is 0: rows past the end have no mass."""
+    """In units of log 2. Rows past the end have no mass: exp2(logit - inf) is 0."""
     return gl.load(lse_ptr + rows, mask=rows < length, other=float("inf")) * LOG2_E
 
 

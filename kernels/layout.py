@@ -1,121 +1,273 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Where the blocks of a packed batch lie, and how many key blocks each of them keeps."""
+"""Where the sequences of a launch lie, where their block tables lie, and how many blocks they keep.
+
+The host arrays are int32 numpy, so that describing a batch of 64 sequences costs microseconds; the
+kernels read the same columns on the device.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+PAGE = 128
+"""Tokens of a page: a multiple of every sparse block size, and what `--block-size` must be."""
 
-@dataclass(frozen=True)
-class Window:
-    """Whole query blocks of a sequence, where q holds no others: its tokens [start, end)."""
+QUERY_START, NUM_ROWS, FIRST_ROW, KEY_START, KEY_LEN, PAGE_ROW, TILE_START = range(7)
+"""The columns of a layout, one number a sequence:
 
-    row: int  # of q, where token `start` lies
-    start: int  # a multiple of the block size
-    end: int  # another one, or the sequence's end
+QUERY_START: row of q at which the rows that it computes begin
+NUM_ROWS: how many rows it computes
+FIRST_ROW: the place in the sequence of the first of them; a multiple of the tile
+KEY_START: row of k and v at which its keys begin
+KEY_LEN: its tokens, all of which are keys; 0: nothing of it is computed in this launch
+PAGE_ROW: its row in the page table
+TILE_START: its first tile among the tiles of all; it has none where NUM_ROWS or KEY_LEN is 0
+"""
+NUM_COLUMNS = 7
 
 
-@dataclass(frozen=True)
-class Span:
-    """One sequence of a packed batch: tokens [first, first + length), the prompt in front."""
+class Placement(NamedTuple):
+    """One sequence of a layout: a number of each column, in their order."""
 
-    first: int
-    length: int
-    prompt_length: int
-    select: float = 1.0  # share of key blocks to keep, in (0, 1]; read by the selection only
-    window: Window | None = None  # None: q holds the whole sequence where k and v do
+    query_start: int
+    num_rows: int
+    first_row: int
+    key_start: int
+    key_len: int
+    page_row: int
+    tile_start: int
 
     @property
-    def query_start(self) -> int:
-        """The row of q where the first token lies or, before a window, would: maybe below 0."""
-        return self.first if self.window is None else self.window.row - self.window.start
+    def queries(self) -> slice:
+        """Its rows of q."""
+        return slice(self.query_start, self.query_start + self.num_rows)
 
     @property
-    def query_rows(self) -> slice:
-        """The rows of q that hold the sequence's queries."""
-        if self.window is None:
-            return slice(self.first, self.first + self.length)
-        return slice(self.window.row, self.window.row + self.window.end - self.window.start)
+    def keys(self) -> slice:
+        """Its rows of k and v."""
+        return slice(self.key_start, self.key_start + self.key_len)
 
-    def query_blocks(self, block_size: int) -> range:
-        """The places in the sequence, in blocks, of the query blocks that q holds."""
-        if self.window is None:
-            return range(num_blocks(self.length, block_size))
-        assert self.window.start % block_size == 0, "a window begins with a block"
-        return range(self.window.start // block_size, num_blocks(self.window.end, block_size))
+    def tiles(self, tile: int) -> Iterator[tuple[int, slice]]:
+        """Its tiles' numbers among all of the layout, each with its rows of q."""
+        end = self.queries.stop
+        for number, start in enumerate(range(self.query_start, end, tile), self.tile_start):
+            yield number, slice(start, min(start + tile, end))
 
 
 @dataclass(frozen=True)
-class QueryBlocks:
-    """The query blocks of a packed batch of one block size, sequence after sequence.
+class BatchLayout:
+    """Sequences that one launch computes, cut into tiles of query rows.
 
-    The tensors are int32 [num_blocks], one number for each query block.
+    Tile t belongs to the last sequence whose TILE_START is at most t. A tile never crosses from one
+    sequence to the next; a sequence's last tile may be partial.
+
+    tile: query rows of a tile; where block tables are read or written, the sparse block size
+    host int32 [NUM_COLUMNS, num_seqs];  columns: the same on the device
     """
 
-    block_size: int  # tokens
-    spans: tuple[Span, ...]  # on the host
-    max_key_blocks: int  # of the longest sequence
-    starts: Tensor  # first token of the block's sequence in the packed batch
-    lengths: Tensor  # tokens of the block's sequence
-    indices: Tensor  # the block's place in its sequence, in blocks
-    first_gens: Tensor  # first generation block of the sequence
-    keep_all: Tensor  # blocks that the selection among all blocks takes
-    keep_gen: Tensor  # blocks that the selection among generation blocks takes
-    query_starts: Tensor  # Span.query_start of the block's sequence
+    tile: int
+    host: NDArray[np.int32]
+    columns: Tensor
+
+    @classmethod
+    def of(cls, tile: int, device: torch.device | str, **columns: ArrayLike) -> BatchLayout:
+        """One layout, sent in one copy; `columns` as host_layout takes them."""
+        return send_layouts([(tile, host_layout(tile, **columns))], device)[0]
+
+    def only(self, seq: int) -> BatchLayout:
+        """The layout of one of the sequences."""
+        host = self.host[:, seq : seq + 1].copy()
+        host[TILE_START] = 0
+        return BatchLayout(self.tile, host, send(host, self.columns.device))
+
+    @property
+    def num_seqs(self) -> int:
+        return self.host.shape[1]
+
+    @cached_property
+    def num_tiles(self) -> int:
+        return int(_tiles(self.host, self.tile).sum())
+
+    @cached_property
+    def max_key_len(self) -> int:
+        return int(self.host[KEY_LEN].max(initial=0))
+
+    @cached_property
+    def num_query_rows(self) -> int:
+        """The fewest rows that q may have."""
+        return int((self.host[QUERY_START] + self.host[NUM_ROWS]).max(initial=0))
+
+    @cached_property
+    def num_key_rows(self) -> int:
+        """The fewest rows that k and v may have."""
+        return int((self.host[KEY_START] + self.host[KEY_LEN]).max(initial=0))
+
+    @cached_property
+    def num_page_rows(self) -> int:
+        """The fewest rows that the page table may have."""
+        return int(self.host[PAGE_ROW].max(initial=-1)) + 1
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every row is computed of each sequence that has keys, as a recording needs."""
+        starts, rows, keys = self.host[FIRST_ROW], self.host[NUM_ROWS], self.host[KEY_LEN]
+        whole = (starts == 0) & (rows == keys)
+        return bool((whole | (keys == 0)).all())
+
+    @property
+    def max_key_blocks(self) -> int:
+        """Blocks of `tile` tokens of the longest sequence."""
+        return num_blocks(self.max_key_len, self.tile)
+
+    def sequences(self) -> Iterator[tuple[int, Placement]]:
+        """The sequences that have tiles, each after its place in the layout."""
+        for place, column in enumerate(self.host.T.tolist()):
+            sequence = Placement(*column)
+            if sequence.num_rows and sequence.key_len:
+                yield place, sequence
+
+
+def send(values: NDArray[Any], device: torch.device | str) -> Tensor:
+    """A copy on the device; through pinned memory, as from any other the host would wait for it."""
+    host = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def host_layout(
+    tile: int,
+    *,
+    query_starts: ArrayLike,
+    num_rows: ArrayLike,
+    first_rows: ArrayLike,
+    key_starts: ArrayLike,
+    key_lens: ArrayLike,
+    page_rows: ArrayLike,
+) -> NDArray[np.int32]:
+    """The columns of a layout, int32 [NUM_COLUMNS, num_seqs]; see the names of the columns."""
+    given = (query_starts, num_rows, first_rows, key_starts, key_lens, page_rows)
+    host = np.stack([np.asarray(column, np.int32) for column in (*given, given[0])])
+    assert not (host[FIRST_ROW] % tile).any(), "a tile begins with a block"
+    tiles = _tiles(host, tile)
+    host[TILE_START] = np.cumsum(tiles) - tiles
+    return host
+
+
+def send_layouts(
+    hosts: Sequence[tuple[int, NDArray[np.int32]]], device: torch.device | str
+) -> list[BatchLayout]:
+    """Layouts of (tile, host_layout(...)) on the device, all in one copy."""
+    if not hosts:
+        return []
+    parts = send(np.concatenate([host.ravel() for _, host in hosts]), device).split(
+        [host.size for _, host in hosts]
+    )
+    return [
+        BatchLayout(tile, host, part.view(NUM_COLUMNS, -1))
+        for (tile, host), part in zip(hosts, parts, strict=True)
+    ]
+
+
+def _tiles(host: NDArray[np.int32], tile: int) -> NDArray[np.int32]:
+    """How many tiles each sequence has."""
+    return np.where(host[KEY_LEN] > 0, -(-host[NUM_ROWS] // tile), 0)
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """Which key blocks each head of each query block keeps, in rows that belong to pages.
+
+    The page that holds a query block's keys owns its row, so that whatever allocates and frees
+    pages does both. Query block b of a sequence has the row
+    [pages[PAGE_ROW, b * tile // PAGE], b % (PAGE // tile)].
+
+    kept int16 or int32 [num_pages, PAGE // tile, num_heads, width]: ids of the sequence's key
+        blocks, ascending; what stands behind the first num_kept of a row is undefined
+    num_kept of the same type [num_pages, PAGE // tile, num_heads]
+    pages int32 [rows, most pages]: vLLM's page table
+    """
+
+    kept: Tensor
+    num_kept: Tensor
+    pages: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return PAGE // self.kept.shape[1]
+
+    def rows(self, sequence: Placement) -> tuple[Tensor, Tensor]:
+        """The pages, and the rows in them, of a sequence's query blocks; int64 [blocks] each."""
+        first = sequence.first_row // self.block_size
+        count = num_blocks(sequence.num_rows, self.block_size)
+        blocks = torch.arange(first, first + count, device=self.pages.device)
+        pages = self.pages[sequence.page_row, blocks * self.block_size // PAGE]
+        return pages.long(), blocks % self.kept.shape[1]
+
+
+FIRST_GEN, KEEP_ALL, KEEP_GEN = range(3)
+"""The rows of a selection, one number a sequence:
+
+FIRST_GEN: first generation block
+KEEP_ALL: blocks that the selection among all blocks takes
+KEEP_GEN: blocks that the selection among generation blocks takes
+"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many blocks the sequences of a recording layout keep.
+
+    host int32 [3, num_seqs];  counts: the same on the device
+    """
+
+    host: NDArray[np.int32]
+    counts: Tensor
+
+    @cached_property
+    def most_kept(self) -> int:
+        """The most blocks of a row: both selections, the first without its generation blocks."""
+        host = self.host
+        rows = np.minimum(host[KEEP_ALL], host[FIRST_GEN]) + host[KEEP_GEN]
+        return int(rows.max(initial=0))
 
     @classmethod
     def of(
-        cls, spans: Sequence[Span], block_size: int, device: torch.device | str
-    ) -> "QueryBlocks":
-        """The blocks of `spans`, sent to `device` in one copy."""
-        columns = [column for span in spans for column in _columns(span, block_size)]
-        # Each column begins at a multiple of 16 bytes: kernels are compiled anew where one does
-        # not.
-        padding = [(0,) * 7] * (-len(columns) % 4)
-        table = torch.tensor(columns + padding, dtype=torch.int32).reshape(-1, 7).T.contiguous()
-        most = max((num_blocks(span.length, block_size) for span in spans), default=0)
-        sent = table.to(device, non_blocking=True)[:, : len(columns)]
-        return cls(block_size, tuple(spans), most, *sent)
+        cls, layout: BatchLayout, prompt_lens: Sequence[int], selects: Sequence[float]
+    ) -> Selection:
+        """prompt_lens: tokens before the canvas;  selects: shares of blocks to keep, in (0, 1]"""
+        rows = []
+        for length, prompt_len, select in zip(
+            layout.host[KEY_LEN].tolist(), prompt_lens, selects, strict=True
+        ):
+            first_gen = first_gen_block(length, prompt_len, layout.tile)
+            rows.append(
+                (first_gen, *keep_counts(num_blocks(length, layout.tile), first_gen, select))
+            )
+        host = np.array(rows, np.int32).reshape(-1, 3).T.copy()
+        return cls(host, send(host, layout.columns.device))
 
-    @property
-    def num_blocks(self) -> int:
-        return self.indices.shape[0]
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether q lacks query blocks of a sequence."""
-        return any(span.window is not None for span in self.spans)
-
-    @property
-    def most_kept(self) -> int:
-        """The most key blocks that a row of this batch keeps."""
-        return max((self._most_kept(span) for span in self.spans), default=0)
-
-    def _most_kept(self, span: Span) -> int:
-        count = num_blocks(span.length, self.block_size)
-        return _row_bound(count, first_gen_block(span, self.block_size), span.select)
-
-    def by_span(self) -> Iterator[tuple[Span, slice]]:
-        """Each sequence with the places of its query blocks among all of them."""
-        first = 0
-        for span in self.spans:
-            after = first + len(span.query_blocks(self.block_size))
-            yield span, slice(first, after)
-            first = after
+    def only(self, seq: int) -> Selection:
+        """The selection of one of the sequences."""
+        return Selection(self.host[:, seq : seq + 1].copy(), self.counts[:, seq : seq + 1].clone())
 
 
 def num_blocks(length: int, block_size: int) -> int:
     return -(-length // block_size)
 
 
-def first_gen_block(span: Span, block_size: int) -> int:
+def first_gen_block(length: int, prompt_len: int, block_size: int) -> int:
     """The first block that begins at or after the prompt's end, at the latest the last block."""
-    last = num_blocks(span.length, block_size) - 1
-    return min(num_blocks(span.prompt_length, block_size), last)
+    return min(num_blocks(prompt_len, block_size), num_blocks(length, block_size) - 1)
 
 
 def keep_counts(num_blocks: int, first_gen: int, select: float) -> tuple[int, int]:
@@ -129,7 +281,7 @@ def keep_counts(num_blocks: int, first_gen: int, select: float) -> tuple[int, in
     return keep_all, min(int(num_gen * select) + 1, num_gen)
 
 
-def _row_bound(num_blocks: int, first_gen: int, select: float) -> int:
+def row_bound(num_blocks: int, first_gen: int, select: float) -> int:
     """The most blocks of a row: both selections, the first without its generation blocks."""
     keep_all, keep_gen = keep_counts(num_blocks, first_gen, select)
     return min(keep_all, first_gen) + keep_gen
@@ -143,18 +295,9 @@ def most_kept(num_blocks: int, select: float) -> int:
     The worst prompt is about as long as what the first selection takes: one may keep far more
     than num_blocks * select.
     """
-    return max((_row_bound(num_blocks, first, select) for first in range(num_blocks)), default=0)
+    return max((row_bound(num_blocks, first, select) for first in range(num_blocks)), default=0)
 
 
 def id_dtype(max_key_blocks: int) -> torch.dtype:
     """The smallest type that block ids fit: torch works on uint16 in few places only."""
     return torch.int16 if max_key_blocks <= torch.iinfo(torch.int16).max else torch.int32
-
-
-def _columns(span: Span, block_size: int) -> Iterator[tuple[int, ...]]:
-    """For each query block of `span` what QueryBlocks holds of it, in the order of its fields."""
-    count = num_blocks(span.length, block_size)
-    first_gen = first_gen_block(span, block_size)
-    counts = keep_counts(count, first_gen, span.select)
-    for index in span.query_blocks(block_size):
-        yield span.first, span.length, index, first_gen, *counts, span.query_start

@@ -2,58 +2,109 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Plain-torch twins of the kernels: what they compute, and what runs on the CPU.
 
-All arithmetic is in float32. Attention works on one query block and a few heads at a time, one
-sequence after another, so that a sequence's results cannot depend on its batch mates.
+All arithmetic is in float32. Attention works on one tile of query rows and a few heads at a time,
+one sequence after another, so that a sequence's results cannot depend on its batch mates.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden
-from sparsed_vllm.kernels.layout import QueryBlocks, Span
+from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden, Noise
+from sparsed_vllm.kernels.layout import (
+    FIRST_GEN,
+    BatchLayout,
+    BlockTables,
+    Placement,
+    Selection,
+)
 
 _TILE_ELEMENTS = 1 << 18  # logits worked on at once: 1 MiB, which stays in a core's cache
+# Logits of tokens worked on at once. torch shares out a sum over one row between its threads only
+# where the row has as many numbers: then it would come in another order than beside other rows.
+_ROW_ELEMENTS = 1 << 15
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BatchLayout,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention where every query row of a sequence sees all of its keys.
+
+    q [rows, num_heads, head_dim]; k, v [tokens, num_kv_heads, head_dim]
+    Returns q's shape and dtype and, with return_lse, the log-sum-exp of the logits, float32
+    [num_heads, rows]. Rows of no sequence: not written. The layout's tile is the number of query
+    rows worked on at once: it changes the speed, and the result only by rounding.
+    """
+    out, lse = empty_attention(q, out, return_lse)
+    group = q.shape[1] // v.shape[1]
+    for _, sequence in layout.sequences():
+        values = _heads_first(v[sequence.keys])
+        for _, rows, heads, logits in _logits(q, k, sequence, layout.tile, scale):
+            # The heads of a group read the same values: as one matrix.
+            weights = logits.softmax(-1).view(-1, group * logits.shape[1], sequence.key_len)
+            part = weights @ values[heads.start // group : heads.stop // group]
+            part = part.view(-1, logits.shape[1], v.shape[2])
+            out[rows, heads] = part.transpose(0, 1).to(out.dtype)
+            if lse is not None:
+                lse[heads, rows] = logits.logsumexp(-1)
+    return out if lse is None else (out, lse)
+
+
+def empty_attention(
+    q: Tensor, out: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Room for what an attention over q [rows, num_heads, head_dim] returns."""
+    out = torch.empty_like(q) if out is None else out
+    shape = (q.shape[1], q.shape[0])
+    return out, q.new_empty(shape, dtype=torch.float32) if return_lse else None
 
 
 def block_scores(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    blocks: QueryBlocks,
+    layout: BatchLayout,
+    selection: Selection,
     *,
     scale: float,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How much softmax mass the rows of each query block put on each key block.
 
-    q [tokens, num_heads, head_dim]; k [tokens, num_kv_heads, head_dim]
-    lse float32 [num_heads, tokens]: log-sum-exp of the dense attention of the same `scale`;
+    q [rows, num_heads, head_dim]; k [tokens, num_kv_heads, head_dim], of whole sequences
+    lse float32 [num_heads, rows]: log-sum-exp of the dense attention of the same `scale`;
     None: it is computed here
-    Returns scores and gen_scores, float32 [num_heads, num_blocks, max_key_blocks], in [0, 1]:
-    the mean over block_size x block_size places, where those past the sequence's end count as 0,
-    of softmax(scale * q k^T). gen_scores has the softmax over the keys of generation blocks.
+    Returns scores and gen_scores, float32 [num_heads, num_tiles, max_key_blocks], in [0, 1]:
+    the mean over tile x tile places, where those past the sequence's end count as 0, of
+    softmax(scale * q k^T). gen_scores has the softmax over the keys of generation blocks.
     -inf for key blocks past the end and, in gen_scores, before the generation.
     """
-    scores, gen_scores = out or empty_scores(q, blocks)
+    size = layout.tile
+    scores, gen_scores = out or empty_scores(q, layout)
     scores.fill_(float("-inf"))
     gen_scores.fill_(float("-inf"))
-    for span, places in blocks.by_span():
-        first_gen = int(blocks.first_gens[places.start])
-        for place, tokens, heads, logits in _logits(q, k, span, places, blocks.block_size, scale):
-            mass = logits[:, :, first_gen * blocks.block_size :].softmax(-1)
-            means = _block_means(mass, blocks.block_size)
-            gen_scores[heads, place, first_gen : first_gen + means.shape[1]] = means
-            mass = _softmax(logits, None if lse is None else lse[heads, tokens])
-            means = _block_means(mass, blocks.block_size)
-            scores[heads, place, : means.shape[1]] = means
+    for place, sequence in layout.sequences():
+        first_gen = int(selection.host[FIRST_GEN, place])
+        for tile, rows, heads, logits in _logits(q, k, sequence, size, scale):
+            means = _block_means(logits[:, :, first_gen * size :].softmax(-1), size)
+            gen_scores[heads, tile, first_gen : first_gen + means.shape[1]] = means
+            means = _block_means(_softmax(logits, None if lse is None else lse[heads, rows]), size)
+            scores[heads, tile, : means.shape[1]] = means
     return scores, gen_scores
 
 
-def empty_scores(q: Tensor, blocks: QueryBlocks) -> tuple[Tensor, Tensor]:
+def empty_scores(q: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor]:
     """Room for what block_scores returns."""
-    shape = (q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+    shape = (q.shape[1], layout.num_tiles, layout.max_key_blocks)
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -71,48 +122,54 @@ def _block_means(mass: Tensor, block_size: int) -> Tensor:
 def select_blocks(
     scores: Tensor,
     gen_scores: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    selection: Selection,
+    tables: BlockTables,
 ) -> None:
     """Isolated selection: which key blocks each head of each query block keeps.
 
-    Of the keep_all best of all blocks those before the generation, and the keep_gen best of the
+    Of the KEEP_ALL best of all blocks those before the generation, and the KEEP_GEN best of the
     generation; of equal scores the lower block wins.
 
     scores, gen_scores: from block_scores
-    kept int16 or int32 [num_rows, num_heads, width], num_kept int32 [num_rows, num_heads]:
-    written where `rows` int64 [num_blocks] says for each query block; block ids of the sequence
-    in ascending order, then -1.  width: at least blocks.most_kept
+    tables: written, in the rows of the layout's query blocks, with ids in ascending order and
+    their number; wide enough for selection.most_kept
     """
-    ids = torch.arange(scores.shape[2], device=scores.device)
-    for head in range(scores.shape[0]):
-        chosen = _best(scores[head], blocks.keep_all) & (ids < blocks.first_gens[:, None])
-        chosen |= _best(gen_scores[head], blocks.keep_gen)
-        count = chosen.sum(-1, dtype=torch.int32)
-        ascending = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)
-        listed = ascending.masked_fill(ids >= count[:, None], -1)[:, : kept.shape[2]]
-        kept[rows, head] = -1
-        kept[rows, head, : listed.shape[1]] = listed.to(kept.dtype)
-        num_kept[rows, head] = count
+    counts = selection.host.T.tolist()
+    for place, sequence in layout.sequences():
+        pages, rows = tables.rows(sequence)
+        tiles = slice(sequence.tile_start, sequence.tile_start + len(rows))
+        num_key_blocks = -(-sequence.key_len // layout.tile)
+        for head in range(scores.shape[0]):
+            own, own_gen = (x[head, tiles, :num_key_blocks] for x in (scores, gen_scores))
+            chosen = _chosen(own, own_gen, *counts[place])
+            count = chosen.sum(-1)
+            ids = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(count.max())]
+            tables.kept[pages, rows, head, : ids.shape[1]] = ids.to(tables.kept.dtype)
+            tables.num_kept[pages, rows, head] = count.to(tables.num_kept.dtype)
 
 
-def _best(scores: Tensor, count: Tensor) -> Tensor:
-    """Where scores [rows, ids] has the `count` [rows] highest of a row."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks) < count[:, None]
+def _chosen(
+    scores: Tensor, gen_scores: Tensor, first_gen: int, keep_all: int, keep_gen: int
+) -> Tensor:
+    """scores, gen_scores [rows, key blocks] -> bool of the same shape"""
+    best = _best(scores, keep_all)
+    best[:, first_gen:] = _best(gen_scores[:, first_gen:], keep_gen)
+    return best
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Where scores [rows, ids] has the `count` highest of a row."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: QueryBlocks,
-    kept: Tensor,
-    num_kept: Tensor,
-    rows: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
     *,
     scale: float,
     out: Tensor | None = None,
@@ -120,26 +177,25 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where each head of a query block sees only the key blocks kept for it.
 
-    q [rows, num_heads, head_dim]; k, v [tokens, num_kv_heads, head_dim]: as many rows as tokens
-    unless the spans have windows
-    kept, num_kept, rows: as select_blocks wrote them, of the query blocks that q holds
-    Returns q's shape and dtype and, with return_lse, the log-sum-exp of the logits, float32
-    [num_heads, rows]. An empty list gives zeros and -inf. Rows of no sequence: not written.
+    tables: as select_blocks wrote them
+    Shapes and returns as in dense_attention. An empty list gives zeros and -inf.
     """
     out, lse = empty_attention(q, out, return_lse)
-    for span, places in blocks.by_span():
-        tokens = slice(span.first, span.first + span.length)
-        k_blocks, v_blocks = (_in_blocks(x[tokens], blocks.block_size) for x in (k, v))
-        for queries, row in zip(_rows_of(span, blocks.block_size), rows[places], strict=True):
-            count = num_kept[row]
-            ids = kept[row, :, : max(1, int(count.max()))].long()
+    for _, sequence in layout.sequences():
+        k_blocks, v_blocks = (_in_blocks(x[sequence.keys], layout.tile) for x in (k, v))
+        tiles = zip(sequence.tiles(layout.tile), *tables.rows(sequence), strict=True)
+        for (_, queries), page, row in tiles:
+            count = tables.num_kept[page, row]
+            ids = tables.kept[page, row, :, : max(1, int(count.max()))].long()
             seen = torch.arange(ids.shape[1], device=ids.device) < count[:, None]
             ids = ids.where(seen, 0)
-            seen = seen[:, :, None] & _inside(ids, span.length, blocks.block_size)
+            seen = (seen[:, :, None] & _inside(ids, sequence.key_len, layout.tile)).flatten(1)
             logits = (_heads_first(q[queries]) * scale) @ _gather(k_blocks, ids).mT
-            logits += seen.flatten(1)[:, None].log()  # 0 or -inf
+            logits.masked_fill_(~seen[:, None], float("-inf"))
             weights = logits.softmax(-1).masked_fill_((count == 0)[:, None, None], 0)
-            out[queries] = (weights @ _gather(v_blocks, ids)).transpose(0, 1).to(out.dtype)
+            # Block 0 stands for what is not listed: its values may be infinite, and 0 * inf is NaN.
+            values = _gather(v_blocks, ids).masked_fill_(~seen[:, :, None], 0)
+            out[queries] = (weights @ values).transpose(0, 1).to(out.dtype)
             if lse is not None:
                 lse[:, queries] = logits.logsumexp(-1)
     return out if lse is None else (out, lse)
@@ -168,91 +224,49 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return gathered.view(ids.shape[0], -1, head_dim)
 
 
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: QueryBlocks,
-    *,
-    scale: float,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention where every token of a sequence sees all of it.
-
-    Shapes and returns as in block_sparse_attention. The block size is the number of query rows
-    worked on at once: it changes the speed, and the result only by rounding.
-    """
-    out, lse = empty_attention(q, out, return_lse)
-    group = q.shape[1] // v.shape[1]
-    for span, places in blocks.by_span():
-        values = _heads_first(v[span.first : span.first + span.length])
-        for _, rows, heads, logits in _logits(q, k, span, places, blocks.block_size, scale):
-            # The heads of a group read the same values: as one matrix.
-            weights = logits.softmax(-1).view(-1, group * logits.shape[1], span.length)
-            part = weights @ values[heads.start // group : heads.stop // group]
-            part = part.view(-1, logits.shape[1], v.shape[2])
-            out[rows, heads] = part.transpose(0, 1).to(out.dtype)
-            if lse is not None:
-                lse[heads, rows] = logits.logsumexp(-1)
-    return out if lse is None else (out, lse)
-
-
-def empty_attention(
-    q: Tensor, out: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Room for what an attention over q [rows, num_heads, head_dim] returns."""
-    out = torch.empty_like(q) if out is None else out
-    shape = (q.shape[1], q.shape[0])
-    return out, q.new_empty(shape, dtype=torch.float32) if return_lse else None
-
-
 def _heads_first(x: Tensor) -> Tensor:
     """[tokens, heads, head_dim] -> float32 [heads, tokens, head_dim]"""
     return x.transpose(0, 1).float().contiguous()
 
 
-def _rows_of(span: Span, block_size: int) -> Iterator[slice]:
-    """The rows of q of each query block of `span` that it holds."""
-    rows = span.query_rows
-    for first in range(rows.start, rows.stop, block_size):
-        yield slice(first, min(first + block_size, rows.stop))
-
-
 def _logits(
-    q: Tensor, k: Tensor, span: Span, places: slice, block_size: int, scale: float
+    q: Tensor, k: Tensor, sequence: Placement, tile: int, scale: float
 ) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """scale * q k^T of one sequence, a query block and some heads at a time.
+    """scale * q k^T of one sequence, a tile of query rows and some heads at a time.
 
-    Yields the query block, its rows of q, the heads, and float32 [heads, rows, length].
+    Yields the tile's number among all, its rows of q, the heads, and float32 [heads, rows, keys].
     """
-    keys = _heads_first(k[span.first : span.first + span.length])
+    keys = _heads_first(k[sequence.keys])
     group = q.shape[1] // k.shape[1]
-    step = max(1, _TILE_ELEMENTS // (group * block_size * span.length))
-    for place, rows in enumerate(_rows_of(span, block_size), start=places.start):
+    step = max(1, _TILE_ELEMENTS // (group * tile * sequence.key_len))
+    for number, rows in sequence.tiles(tile):
         queries = (_heads_first(q[rows]) * scale).view(k.shape[1], -1, q.shape[2])
         for first in range(0, k.shape[1], step):
             logits = queries[first : first + step] @ keys[first : first + step].mT
             heads = slice(first * group, (first + logits.shape[0]) * group)
-            yield place, rows, heads, logits.view(-1, rows.stop - rows.start, span.length)
+            yield number, rows, heads, logits.view(-1, rows.stop - rows.start, sequence.key_len)
 
 
 def choose_tokens(
-    logits: Tensor, choice: Choice, forbidden: Forbidden
+    logits: Tensor, choice: Choice, forbidden: Forbidden, noise: Noise | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The token that each row chooses, how sure that is, and the row's largest logit.
 
+    A row's results depend on its own logits and noise alone.
+
     logits [rows, vocab], only read
     forbidden: tokens that are not chosen; `choice` says whether they count in the confidence
+    noise: of the rows' draws; None with temperature 0
     Returns tokens int64 [rows], of equal ones the first; confidence float32 [rows], higher is
     surer; and logits.amax(-1), float32 [rows]: a number unless a logit is none, or infinite.
     Where it is not, the token is any of the vocabulary and the confidence means nothing.
     """
-    num_rows = max(1, _TILE_ELEMENTS // logits.shape[1])
+    num_rows = max(1, _ROW_ELEMENTS // logits.shape[1])
+    draws = repeat(None) if noise is None else noise.of_rows(num_rows)
     parts = [
-        _choose(part, choice, barred, place * num_rows)
-        for place, (part, barred) in enumerate(
-            zip(logits.split(num_rows), forbidden.of_rows(num_rows), strict=False)
+        _choose(part, choice, barred, drawn)
+        for part, barred, drawn in zip(
+            logits.split(num_rows), forbidden.of_rows(num_rows), draws, strict=False
         )
     ]
     tokens, confidences, largest = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -260,19 +274,18 @@ def choose_tokens(
 
 
 def _choose(
-    logits: Tensor, choice: Choice, forbidden: Forbidden, first_row: int
+    logits: Tensor, choice: Choice, forbidden: Forbidden, noise: Noise | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for rows of which the first is `first_row` of all."""
+    """The same for a few rows."""
     largest = logits.amax(-1).float()
     allowed = forbidden.bar_from(logits.to(torch.float32, copy=True))
     if choice.truncates:
         allowed = _truncate(allowed, choice)
     scores = allowed
-    if choice.temperature > 0:
-        rows = range(first_row, first_row + logits.shape[0])
-        noise = -exponential(choice.seed, rows, logits.shape[1], logits.device).log()
+    if noise is not None:
+        gumbel = -exponential(noise, logits.shape[1]).log()
         # In float64: a low temperature leaves little of the noise beside the logits.
-        scores = allowed.double() + choice.temperature * noise
+        scores = allowed.double() + choice.temperature * gumbel
     tokens = scores.argmax(-1)
     probs = (allowed / choice.temperature if choice.tempered else logits.float()).softmax(-1)
     return tokens, _confidence(probs, tokens, choice), largest
@@ -300,25 +313,38 @@ def _truncate(logits: Tensor, choice: Choice) -> Tensor:
     return logits.masked_fill(logits < least, float("-inf"))
 
 
-def exponential(seed: int, rows: range, vocab: int, device: torch.device) -> Tensor:
+def exponential(noise: Noise, vocab: int) -> Tensor:
     """Noise E of the exponential distribution; the argmax of logits - log(E) is a draw.
 
-    Token t of row r has two words of Philox 4x32-10, key `seed`, counter (t // 2, r, 0, STREAM):
-    the first two if t is even, else the last two; they are 64 bits of a number v in (0, 1], and
-    E = -log(1 - v). Draws are made by small E, so small v must be fine: in 24 or 32 bits, or in
-    float32 near 1, noise is cut off where rare tokens win (arXiv 2409.02908). Here v has a float's
-    24 bits down to 2^-40, and reaches 2^-65. As log(E) is a float32 of at most 45, odds between
-    two tokens are off by a factor of 4e-6 at most.
+    Token t of a row has two words of Philox 4x32-10, key `seed`, counter (t // 2, place, step,
+    STREAM): the first two if t is even, else the last two; they are 64 bits of a number v in
+    (0, 1], and E = -log(1 - v). Draws are made by small E, so small v must be fine: in 24 or 32
+    bits, or in float32 near 1, noise is cut off where rare tokens win (arXiv 2409.02908). Here v
+    has a float's 24 bits down to 2^-40, and reaches 2^-65. As log(E) is a float32 of at most 45,
+    odds between two tokens are off by a factor of 4e-6 at most.
 
-    Returns float32 [len(rows), vocab], over 0.
+    Returns float32 [rows, vocab], over 0.
     """
-    pairs = torch.arange((vocab + 1) // 2, device=device).expand(len(rows), -1)
-    row = torch.arange(rows.start, rows.stop, device=device)[:, None].expand_as(pairs)
-    zeros = torch.zeros_like(pairs)
-    words = _philox((pairs, row, zeros, zeros + STREAM), (seed & _WORD, seed >> 32))
-    shares = [share(*words[:2]), share(*words[2:])]
-    v = torch.stack(shares, dim=-1).flatten(1)[:, :vocab]
+    pairs = torch.arange((vocab + 1) // 2, device=noise.seeds.device)
+    words = _random_words(noise, pairs, STREAM)
+    v = torch.stack([share(*words[:2]), share(*words[2:])], dim=-1).flatten(1)[:, :vocab]
     return -(-v.clamp(max=1 - 2**-24)).log1p()
+
+
+def draw_uniform(noise: Noise) -> Tensor:
+    """A random number in (0, 1) for each row; float64 [rows].
+
+    The first two words of counter (0, place, step, STREAM + 1) are its 64 bits: it has a double's
+    53 bits down to 2^-12, and reaches 2^-65, so that a logarithm of it is fine where it is small.
+    """
+    high, low, *_ = _random_words(noise, noise.places.new_zeros(1), STREAM + 1)
+    return uniform(high, low).squeeze(1)
+
+
+def uniform(high: Tensor, low: Tensor) -> Tensor:
+    """64 random bits as a float64 in (0, 1).  high, low int64, of 32 bits"""
+    bits = high.double() * 2**32 + (low.double() + 0.5)
+    return (bits * 2**-64).clamp(max=1 - 2**-53)
 
 
 def share(high: Tensor, low: Tensor) -> Tensor:
@@ -329,8 +355,15 @@ def share(high: Tensor, low: Tensor) -> Tensor:
 _WORD = 0xFFFFFFFF
 
 
-def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four random words for each counter of four; int64, of 32 bits.
+def _random_words(noise: Noise, numbers: Tensor, stream: int) -> tuple[Tensor, ...]:
+    """Four words for each row and each of `numbers` [n]; int64 [rows, n], of 32 bits."""
+    seeds, places, steps = (x[:, None] for x in (noise.seeds, noise.places, noise.steps))
+    counter = (numbers[None, :], places & _WORD, steps & _WORD, torch.full_like(steps, stream))
+    return _philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
+
+
+def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four random words for each counter of four; int64, of 32 bits. All are broadcast.
 
     Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): 10 rounds.
     """
@@ -341,3 +374,42 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, 
         a, b = (second >> 32) & _WORD ^ b ^ keys[0], second & _WORD
         c, d = (first >> 32) & _WORD ^ d ^ keys[1], first & _WORD
     return a, b, c, d
+
+
+def token_mass(
+    q: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    layout: BatchLayout,
+    pages: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    mass: Tensor,
+    *,
+    scale: float,
+) -> None:
+    """Adds to mass[slots[i], t] the weighted softmax mass that sequence i's rows put on token t.
+
+    The rows of a sequence may belong to any of its tokens: FIRST_ROW is 0 and means nothing, nor
+    does KEY_START. A sequence without rows adds nothing.
+
+    q [rows, num_heads, head_dim]
+    keys [num_pages, PAGE, num_kv_heads, head_dim]: strides arbitrary, but a head's numbers lie
+        side by side; a sequence's are in the pages of its row of `pages`
+    lse float32 [num_heads, rows]: log-sum-exp of each row's attention of the same `scale`, over
+        whatever keys it saw; may be strided
+    pages int32 [page rows, most pages]
+    weights float32 [rows]: how much a row counts; a row of weight 0 is not read, it may be NaN
+    slots int64 [num_seqs]: a row of `mass` for each sequence of the layout, no two the same
+    mass float32 [num_slots, longest]: places past a sequence's end are not written
+    """
+    for place, sequence in layout.sequences():
+        own_pages = pages[sequence.page_row, : -(-sequence.key_len // keys.shape[1])].long()
+        own_keys = keys[own_pages].flatten(0, 1)
+        total = mass.new_zeros(sequence.key_len)
+        own = sequence._replace(key_start=0)
+        for _, rows, heads, logits in _logits(q, own_keys, own, layout.tile, scale):
+            weight = weights[rows, None]
+            by_row = weight * _softmax(logits, lse[heads, rows])
+            total += by_row.masked_fill_(weight == 0, 0).sum((0, 1))
+        mass[slots[place], : sequence.key_len] += total

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Gluon, for sm_90: rings of tiles in shared memory, which one warp group fills and others read."""
+"""What the Gluon kernels for sm_90 share: tiles of sequences, and rings of them in shared memory.
+
+One warp group fills a ring by TMA, others read it. TMA's own bounds check ends a tile where its
+sequence ends: rows behind read as zeros and are not written. The descriptor is that of
+triton.tools.ragged_tma. Row r of a sequence [start, end) has the coordinate 2**30 - (end - start)
++ r in a dimension of size 2**30, so that the first row out of bounds is the sequence's end. Two
+more dimensions make the address right: `end` rows on, and 2**30 rows back, by 2**30 steps of
+2**34 - s numbers, for s numbers a row: at two bytes a number, 2**30 * 2**34 of them are 0 modulo
+2**64.
+"""
 
 from functools import cache
 
@@ -12,31 +21,64 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsed_vllm.kernels.tiles import TILE_START
+
 # Triton 3.8 renamed them, 3.9 dropped the older names.
 _has_new_names = hasattr(tma, "async_load")
 _load = tma.async_load if _has_new_names else tma.async_copy_global_to_shared
-store = tma.async_store if _has_new_names else tma.async_copy_shared_to_global
+_store = tma.async_store if _has_new_names else tma.async_copy_shared_to_global
+
+BILLION = gl.constexpr(1 << 30)  # the size of the dimension of rows
+ANY_SIZE = 0x7FFF0000
 
 
 def tiles_of(x: Tensor, rows: gl.constexpr) -> TensorDescriptor:
-    """Of `rows` tokens of one head, out of x [tokens, heads, head_dim] as [tokens, columns]."""
-    tokens, heads, head_dim = x.shape
-    shape = [tokens, (heads - 1) * x.stride(1) + head_dim]
-    tile = (rows.value, head_dim)
-    return TensorDescriptor(x, shape, [x.stride(0), 1], list(tile), _layout(tile, x.dtype))
+    """Tiles of `rows` tokens of one head, out of x [tokens, heads, head_dim].
+
+    A head begins in column head * stride(1). x has 16 bits a number.
+    """
+    _, heads, head_dim = x.shape
+    stride = x.stride(0)
+    shape = [ANY_SIZE, ANY_SIZE, BILLION.value, (heads - 1) * x.stride(1) + head_dim]
+    strides = [(1 << 34) - stride, stride, stride, 1]
+    tile = (1, 1, rows.value, head_dim)
+    return TensorDescriptor(x, shape, strides, list(tile), _layout(tile, x.dtype))
 
 
 @cache
-def _layout(tile: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a tile in shared memory; to find it takes Triton as long as the rest of a launch."""
+def _layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory. Cached: Triton takes as long to find it as to launch a kernel."""
     kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
     return gl.NVMMASharedLayout.get_default_for(list(tile), kind)
 
 
 @gluon.jit
+def column(columns, num_seqs, NUMBER: gl.constexpr, sequence):
+    """One number of a layout, or of a selection: NUMBER is the column."""
+    return gl.load(columns + NUMBER * num_seqs + sequence)
+
+
+@gluon.jit
+def find_tile(columns, num_seqs, tile, GAP: gl.constexpr):
+    """The sequence that a tile belongs to, and the tile's index in it.
+
+    GAP: how many tiles the numbering leaves out between one sequence and the next; the index of
+    such a tile is past the end of the sequence before it
+    """
+    low = tile * 0
+    high = low + num_seqs - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begun = column(columns, num_seqs, TILE_START, middle) + middle * GAP <= tile
+        low = gl.where(begun, middle, low)
+        high = gl.where(begun, high, middle - 1)
+    return low, tile - column(columns, num_seqs, TILE_START, low) - low * GAP
+
+
+@gluon.jit
 def make_ring(PLACES: gl.constexpr, tiles, CONSUMERS: gl.constexpr):
-    """Room for PLACES tiles and, of each place, whether it is full and whether it is free."""
-    shape: gl.constexpr = [PLACES, tiles.block_shape[0], tiles.block_shape[1]]
+    """Room for PLACES tiles, and two barriers for each: that it is full, and that it is free."""
+    shape: gl.constexpr = [PLACES, 1, 1, tiles.block_shape[2], tiles.block_shape[3]]
     memory = gl.allocate_shared_memory(tiles.dtype, shape, tiles.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
@@ -47,22 +89,37 @@ def make_ring(PLACES: gl.constexpr, tiles, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def fill(ring, step, tiles, row, column):
-    """Loads the ring's step-th tile as soon as there is room."""
+def fill(ring, step, tiles, start, end, row, column):
+    """Loads the ring's step-th tile as soon as there is room.
+
+    It begins in `row` of the sequence that has the tensor's rows [start, end).
+    """
     memory, full, free = ring
     place = step % memory.shape[0]
     mbarrier.wait(free.index(place), (step // memory.shape[0] & 1) ^ 1)
     mbarrier.expect(full.index(place), tiles.block_type.nbytes)
-    _load(tiles, [row, column], full.index(place), memory.index(place))
+    _load(tiles, _coordinates(start, end, row, column), full.index(place), memory.index(place))
+
+
+@gluon.jit
+def _coordinates(start, end, row, column):
+    """Of a row of the sequence [start, end): rows from its end on are out of bounds."""
+    return BILLION, end, BILLION - (end - start) + row, column
 
 
 @gluon.jit
 def filled(ring, step):
-    """The ring's step-th tile, once it is there."""
-    memory, full, _ = ring
-    place = step % memory.shape[0]
-    mbarrier.wait(full.index(place), step // memory.shape[0] & 1)
-    return memory.index(place)
+    """The ring's step-th tile, once it is there: [rows, head_dim]."""
+    _, full, _ = ring
+    place = step % full.shape[0]
+    mbarrier.wait(full.index(place), step // full.shape[0] & 1)
+    return tile_at(ring, place)
+
+
+@gluon.jit
+def tile_at(ring, place):
+    memory, _, _ = ring
+    return memory.index(place).reshape([memory.shape[3], memory.shape[4]])
 
 
 @gluon.jit
@@ -70,3 +127,9 @@ def release(ring, step):
     """Makes room: this consumer is done with the ring's step-th tile."""
     memory, _, free = ring
     mbarrier.arrive(free.index(step % memory.shape[0]), count=1)
+
+
+@gluon.jit
+def store(tiles, start, end, row, column, memory):
+    """Writes a tile [rows, head_dim] in shared memory; places as in `fill`."""
+    _store(tiles, _coordinates(start, end, row, column), memory.reshape(tiles.block_shape))

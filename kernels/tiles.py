@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the Triton kernels share: tile sizes, loads, and one step of the online softmax."""
+"""What the Triton kernels share: where a tile lies, loads, and one step of the online softmax."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +11,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsed_vllm.kernels import layout
+
+QUERY_START = tl.constexpr(layout.QUERY_START)
+NUM_ROWS = tl.constexpr(layout.NUM_ROWS)
+FIRST_ROW = tl.constexpr(layout.FIRST_ROW)
+KEY_START = tl.constexpr(layout.KEY_START)
+KEY_LEN = tl.constexpr(layout.KEY_LEN)
+PAGE_ROW = tl.constexpr(layout.PAGE_ROW)
+TILE_START = tl.constexpr(layout.TILE_START)
+FIRST_GEN = tl.constexpr(layout.FIRST_GEN)
+KEEP_ALL = tl.constexpr(layout.KEEP_ALL)
+KEEP_GEN = tl.constexpr(layout.KEEP_GEN)
+PAGE = tl.constexpr(layout.PAGE)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(1 << 30)  # a place past every sequence's end
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum begins: -inf would give NaN
+# Where a running maximum begins. From -inf, a row that has seen nothing but -inf would subtract
+# -inf from -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How an attention kernel is cut for one block size, head size and type."""
+    """How an attention kernel is cut for one block size, head size and type.
 
-    rows: int  # queries of a program; divides the block size
-    keys: int  # of a step
+    rows: query rows of a program; divides the block size
+    keys: keys of a step
+    """
+
+    rows: int
+    keys: int
     num_warps: int
     num_stages: int
 
@@ -47,8 +67,43 @@ class Tiles:
 
 
 def head_options(q: Tensor) -> dict[str, int]:
-    """A tile's width is a power of two, a head's may not be."""
+    """DIM: a tile's width, which must be a power of two where a head's size need not be."""
     return {"HEAD_DIM": q.shape[2], "DIM": triton.next_power_of_2(q.shape[2])}
+
+
+@triton.jit
+def column(columns, num_seqs, NUMBER: tl.constexpr, sequence):
+    """One number of a layout, or of a selection: NUMBER is the column."""
+    return tl.load(columns + NUMBER * num_seqs + sequence)
+
+
+@triton.jit
+def find_tile(columns, num_seqs, tile):
+    """The sequence that a tile belongs to, and the tile's index in it.
+
+    A binary search for the last sequence that begins at or before the tile: of sequences that
+    begin at the same tile, only the last can have tiles.
+    """
+    low = tile * 0
+    high = low + num_seqs - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begun = column(columns, num_seqs, TILE_START, middle) <= tile
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle - 1)
+    return low, tile - column(columns, num_seqs, TILE_START, low)
+
+
+@triton.jit
+def find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, block_size):
+    """The page, and the row in it, of the lists of a sequence's index-th tile.
+
+    The page is int64, as pages times numbers a page outgrow int32.
+    """
+    block = column(columns, num_seqs, FIRST_ROW, sequence) // block_size + index
+    page_row = column(columns, num_seqs, PAGE_ROW, sequence).to(tl.int64)
+    page = tl.load(pages_ptr + page_row * stride_pages + block * block_size // PAGE)
+    return page.to(tl.int64), block % (PAGE // block_size)
 
 
 @triton.jit
@@ -64,11 +119,12 @@ def load_rows(
 ):
     """Rows first + offsets of the matrix at `base`, [len(offsets), DIM].
 
-    stride: from row to row.  Zeros past HEAD_DIM and, if MASKED, from row `end` on.
+    stride: from row to row.  Zeros past HEAD_DIM and, if MASKED, from row `end` on: what lies
+    there may be a neighbour's NaN, and 0 * NaN is NaN.
     """
     dims = tl.arange(0, DIM)
-    # `first` apart from the offsets: these stay the same over a loop of whole blocks. Both are
-    # widened first: a row number times a stride outgrows int32.
+    # `first` apart from the offsets, which a loop of whole blocks then need not compute anew. Both
+    # in int64: a row number times a stride outgrows int32.
     base += (first + tl.full([], 0, tl.int64)) * stride
     pointers = base + (offsets.to(tl.int64)[:, None] * stride + dims[None, :])
     mask = dims[None, :] < HEAD_DIM
@@ -91,7 +147,7 @@ def attend(acc, total, peak, q, k, v, seen, scale_log2, MASKED: tl.constexpr):
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         logits = tl.where(seen[None, :], logits, float("-inf"))
-    # The maximum of raw products: the scaling below then fuses with the subtraction.
+    # The maximum is taken of raw products, so that the scaling fuses with the subtraction (FMA).
     new_peak = tl.maximum(peak, tl.max(logits, 1) * scale_log2)
     weights = tl.exp2(logits * scale_log2 - new_peak[:, None])
     decay = tl.exp2(peak - new_peak)
@@ -106,8 +162,7 @@ def store_attention(
     total,
     peak,
     out,
-    lse_ptr,
-    lse_offset,
+    lse,
     rows,
     end,
     stride,
@@ -117,7 +172,7 @@ def store_attention(
 ):
     """Writes the rows below `end` of a finished softmax; zeros and -inf where nothing was seen.
 
-    out and lse_ptr + lse_offset: at the sequence's first token and the head; rows: in the sequence
+    out, lse: where the sequence's first row and the head are
     """
     dims = tl.arange(0, DIM)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -125,4 +180,4 @@ def store_attention(
     mask = (rows < end)[:, None] & (dims[None, :] < HEAD_DIM)
     tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
     if RETURN_LSE:
-        tl.store(lse_ptr + lse_offset + rows, (peak + tl.log2(total)) * LN_2, mask=rows < end)
+        tl.store(lse + rows, (peak + tl.log2(total)) * LN_2, mask=rows < end)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from packed import empty_tables, packed
 from torch import Tensor
 
 from sparsed_vllm.kernels import api
@@ -62,44 +63,46 @@ class Case:
         return [x.transpose(0, 1)[None].contiguous() for x in self.qkv]
 
     @cached_property
-    def blocks(self) -> api.QueryBlocks:
-        span = api.Span(0, self.length, self.length - CANVAS, self.density)
-        return api.QueryBlocks.of([span], BLOCK, DEVICE)
+    def layout(self) -> api.BatchLayout:
+        return packed([self.length], BLOCK, DEVICE)
 
     @cached_property
-    def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """kept [blocks, heads, width], num_kept [blocks, heads], rows [blocks]"""
+    def selection(self) -> api.Selection:
+        return api.Selection.of(self.layout, [self.length - CANVAS], [self.density])
+
+    @cached_property
+    def tables(self) -> api.BlockTables:
         return self.recorded() if self.lists == "recorded" else self.random()
 
-    def random(self) -> tuple[Tensor, Tensor, Tensor]:
+    def random(self) -> api.BlockTables:
         """Equally many blocks for each, ascending."""
-        shape = (self.num_blocks, self.num_heads)
         keep = max(1, round(self.num_blocks * self.density))
-        picks = torch.rand(*shape, self.num_blocks, device=DEVICE).topk(keep, dim=-1).indices
-        num_kept = torch.full(shape, keep, dtype=torch.int32, device=DEVICE)
-        return picks.sort(-1).values.short(), num_kept, torch.arange(len(picks), device=DEVICE)
+        shape = (self.num_blocks, 1, self.num_heads, self.num_blocks)
+        picks = torch.rand(shape, device=DEVICE).topk(keep, dim=-1).indices
+        tables = empty_tables(self.layout, self.num_heads, keep)
+        tables.kept.copy_(picks.sort(-1).values)
+        tables.num_kept.fill_(keep)
+        return tables
 
-    def recorded(self) -> tuple[Tensor, Tensor, Tensor]:
+    def recorded(self) -> api.BlockTables:
         """What a recording step keeps."""
-        shape = (self.num_blocks, self.num_heads)
-        kept = torch.empty(*shape, self.blocks.most_kept, dtype=torch.int16, device=DEVICE)
-        num_kept = torch.empty(shape, dtype=torch.int32, device=DEVICE)
-        table = (kept, num_kept, torch.arange(self.num_blocks, device=DEVICE))
-        scores = api.block_scores(*self.qkv[:2], None, self.blocks, scale=self.scale)
-        api.select_blocks(*scores, self.blocks, *table)
-        return table
+        of = (self.layout, self.selection)
+        tables = empty_tables(self.layout, self.num_heads, self.selection.most_kept)
+        scores = api.block_scores(*self.qkv[:2], None, *of, scale=self.scale)
+        api.select_blocks(*scores, *of, tables)
+        return tables
 
     @cached_property
     def ids(self) -> Tensor:
         """The lists as others take them: int32 [heads, blocks, width], 0 behind a list's end."""
-        kept, counts = self.table[0].transpose(0, 1).int(), self.counts[..., None]
+        kept, counts = self.tables.kept[:, 0].transpose(0, 1).int(), self.counts[..., None]
         listed = torch.arange(kept.shape[-1], device=DEVICE) < counts
         return kept.where(listed, 0).contiguous()
 
     @cached_property
     def counts(self) -> Tensor:
         """Lengths of the lists, int32 [heads, blocks]"""
-        return self.table[1].T.contiguous()
+        return self.tables.num_kept[:, 0].T.int().contiguous()
 
     @cached_property
     def mask(self) -> Tensor:
@@ -112,7 +115,7 @@ class Case:
     @cached_property
     def share(self) -> float:
         """Of the blocks, those that the lists name."""
-        return float(self.table[1].double().mean()) / self.num_blocks
+        return float(self.tables.num_kept.double().mean()) / self.num_blocks
 
 
 def rotated(x: Tensor) -> Tensor:

@@ -46,14 +46,15 @@ Maker = Callable[[Case], Iterator[Contender]]
 
 
 def ours(case: Case) -> Iterator[Contender]:
-    (q, k, v), blocks, table, scale = case.qkv, case.blocks, case.table, case.scale
-    lse = api.dense_attention(q, k, v, blocks, scale=scale, return_lse=True)[1]
-    scores = api.block_scores(q, k, lse, blocks, scale=scale)
+    q, k, v = case.qkv
+    layout, selection, scale = case.layout, case.selection, case.scale
+    lse = api.dense_attention(q, k, v, layout, scale=scale, return_lse=True)[1]
+    scores = api.block_scores(q, k, lse, layout, selection, scale=scale)
     written = case.recorded()
-    sparse = partial(block_sparse_attention, q, k, v, blocks, *table, scale=scale)
-    dense = partial(api.dense_attention, q, k, v, blocks, scale=scale)
-    score = partial(api.block_scores, q, k, lse, blocks, scale=scale)
-    select = partial(api.select_blocks, *scores, blocks, *written)
+    sparse = partial(block_sparse_attention, q, k, v, layout, case.tables, scale=scale)
+    dense = partial(api.dense_attention, q, k, v, layout, scale=scale)
+    score = partial(api.block_scores, q, k, lse, layout, selection, scale=scale)
+    select = partial(api.select_blocks, *scores, layout, selection, written)
     yield Contender("ours_triton", sparse, "lists")
     yield Contender("ours_dense", dense, "all")
     yield Contender("block_scores", score, "nothing", products=0.5)
@@ -64,7 +65,7 @@ def hopper(case: Case) -> Iterator[Contender]:
     from sparsed_vllm.kernels import hopper
 
     options = {"scale": case.scale}
-    call = partial(hopper.block_sparse_attention, *case.qkv, case.blocks, *case.table, **options)
+    call = partial(hopper.block_sparse_attention, *case.qkv, case.layout, case.tables, **options)
     yield Contender("ours_gluon", call, "lists")
 
 

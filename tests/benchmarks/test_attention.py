@@ -55,7 +55,7 @@ def test_our_own_kernels_pass_the_check(case):
 def sparse(case):
     from sparsed_vllm.kernels import api
 
-    return api.block_sparse_attention(*case.qkv, case.blocks, *case.table, scale=case.scale)
+    return api.block_sparse_attention(*case.qkv, case.layout, case.tables, scale=case.scale)
 
 
 def test_attention_over_the_lists_is_told_from_dense_attention(case):

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Which kernel attends over lists, and what the log says of it."""
+"""Which kernel attends over lists, what the log says of it, and what no kernel is given."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
+from kernel_cases import make_batch, scattered_tables
 
 from sparsed_vllm.kernels import api, block_sparse_attention, reference
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 GPU = torch.device("cuda", 0)
 SUITED = {"dtype": torch.bfloat16, "block_size": 128, "head_dim": 128, "aligned": True}
@@ -91,3 +94,49 @@ def test_the_cpu_runs_the_twin(caplog):
 )
 def test_alignment_is_of_the_first_number_and_of_the_strides(tensor, aligned):
     assert api._is_aligned(tensor) is aligned
+
+
+def refuses(call, *args, **options):
+    with pytest.raises(AssertionError):
+        call(*args, **options)
+
+
+def test_a_draw_needs_noise_and_nothing_else_takes_it():
+    logits, forbidden = torch.zeros(3, 9), Forbidden(0)
+    rows = torch.arange(3)
+    noise = Noise(rows, rows, rows)
+    refuses(api.choose_tokens, logits, Choice(1.0), forbidden, None)
+    refuses(api.choose_tokens, logits, Choice(), forbidden, noise)
+    refuses(api.choose_tokens, logits[:2], Choice(1.0), forbidden, noise)
+    refuses(api.draw_uniform, Noise(rows, rows, rows.int()))
+    assert len(api.choose_tokens(logits, Choice(1.0), forbidden, noise)[0]) == 3
+
+
+def test_tables_must_have_a_row_for_each_block_and_hold_every_list():
+    batch = make_batch([(300, 100), (40, 3)], 32)
+    q, k, v, of = batch.q, batch.k, batch.v, (batch.layout, batch.selection)
+    scores = api.block_scores(q, k, None, *of, scale=1.0)
+    most = batch.selection.most_kept
+    tables, narrow = scattered_tables(batch, most), scattered_tables(batch, most - 1)
+    api.select_blocks(*scores, *of, tables)
+    api.block_sparse_attention(q, k, v, batch.layout, tables, scale=1.0)
+    refuses(api.select_blocks, *scores, *of, narrow)
+    other_size = make_batch([(300, 100), (40, 3)], 64)
+    refuses(api.block_sparse_attention, q, k, v, other_size.layout, tables, scale=1.0)
+    few = replace(tables, pages=tables.pages[:1])
+    refuses(api.block_sparse_attention, q, k, v, batch.layout, few, scale=1.0)
+
+
+def test_only_whole_sequences_are_scored():
+    batch = make_batch([(300, 100)], 32)
+    window = batch.windows([(64, 300)])
+    refuses(api.block_scores, batch.q, batch.k, None, window.layout, batch.selection, scale=1.0)
+
+
+def test_a_layout_must_lie_in_its_tensors():
+    batch = make_batch([(300, 100)], 32)
+    q, k, v = batch.q, batch.k, batch.v
+    api.dense_attention(q, k, v, batch.layout, scale=1.0)
+    refuses(api.dense_attention, q[:300], k, v, batch.layout, scale=1.0)
+    refuses(api.dense_attention, q, k[:300], v[:300], batch.layout, scale=1.0)
+    refuses(api.dense_attention, q, k, v[1:], batch.layout, scale=1.0)

@@ -13,43 +13,59 @@ from kernel_cases import (
     RAGGED,
     assert_within_rounding,
     exact_attention,
+    existing,
     logits_of,
     make_batch,
+    run_attention,
 )
 from torch.nn.functional import pad
 
 from sparsed_vllm.kernels import reference
 from sparsed_vllm.kernels.block_scores import block_scores, score_generation
+from sparsed_vllm.kernels.layout import FIRST_GEN
 
 IMPLEMENTATIONS = {"kernel": (block_scores, DEVICE), "twin": (reference.block_scores, "cpu")}
 
 
 def run(batch, lse=None, score=block_scores, device=DEVICE):
-    """Into memory full of NaN."""
+    """Into memory full of NaN.  lse [num_heads, rows of the sequences one after another]"""
     batch = batch.to(device)
-    shape = (2, batch.q.shape[1], batch.blocks.num_blocks, batch.blocks.max_key_blocks)
+    shape = (2, batch.q.shape[1], batch.layout.num_tiles, batch.layout.max_key_blocks)
     out = tuple(torch.full(shape, float("nan"), device=device))
-    lse = None if lse is None else lse.to(device)
-    return score(batch.q, batch.k, lse, batch.blocks, scale=batch.scale, out=out)
+    lse = None if lse is None else in_place(batch, lse)
+    return score(batch.q, batch.k, lse, batch.layout, batch.selection, scale=batch.scale, out=out)
+
+
+def in_place(batch, lse):
+    """Where q's rows are, amid NaN, in a slice whose heads lie further apart."""
+    wide = torch.full((lse.shape[0], len(batch.q) + 5), float("nan"), device=batch.q.device)
+    wide[:, batch.rows.to(wide.device)] = lse.to(wide)
+    return wide[:, : len(batch.q)]
+
+
+def lse_of(batch):
+    return exact_attention(batch)[1].float()
 
 
 def exact_scores(batch):
     """From L x L softmaxes, zero padded to whole blocks."""
-    blocks, size = batch.blocks, batch.blocks.block_size
-    shape = (2, batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+    layout, size = batch.layout, batch.layout.tile
+    shape = (2, batch.q.shape[1], layout.num_tiles, layout.max_key_blocks)
     scores = torch.full(shape, float("-inf"), dtype=torch.float64)
-    for span, places in blocks.by_span():
-        first = int(blocks.first_gens[places.start])
+    for place, sequence in layout.sequences():
+        first = int(batch.selection.host[FIRST_GEN, place])
         for kind, begin in enumerate((0, first)):
-            mass = logits_of(batch, span)[:, :, begin * size :].softmax(-1)
+            mass = logits_of(batch, sequence)[:, :, begin * size :].softmax(-1)
             mass = pad(mass, (0, -mass.shape[2] % size, 0, -mass.shape[1] % size))
             means = mass.unflatten(2, (-1, size)).unflatten(1, (-1, size)).mean((2, 4))
-            scores[kind, :, places, begin : begin + means.shape[2]] = means
+            start = sequence.tile_start
+            tiles = slice(start, start + means.shape[1])
+            scores[kind, :, tiles, begin : begin + means.shape[2]] = means
     return scores
 
 
 def check(batch, with_lse=False, score=block_scores):
-    lse = exact_attention(batch)[1].float() if with_lse else None
+    lse = lse_of(batch) if with_lse else None
     for actual, exact, twin in zip(
         run(batch, lse, score),
         exact_scores(batch),
@@ -83,16 +99,26 @@ def test_blocks_of_128_equal_float64_within_rounding(with_lse):
 def test_generations_are_scored_beside_finished_prompts(block_size):
     """As after the kernel for Hopper, which leaves prompts' blocks unscaled."""
     batch = make_batch([(300, 200), (1, 0), (127, 100)], block_size)
-    lse = exact_attention(batch)[1].float().to(DEVICE)
+    lse = lse_of(batch)
     expected = run(batch, lse)
     scores, gen_scores = (x.clone() for x in expected)
-    for _, places in batch.blocks.by_span():
-        first = int(batch.blocks.first_gens[places.start])
-        scores[:, places, :first] *= 0.999
-        scores[:, places, first:] = float("-inf")
+    for place, sequence in batch.layout.sequences():
+        first = int(batch.selection.host[FIRST_GEN, place])
+        tiles = slice(sequence.tile_start, sequence.tile_start - (-sequence.num_rows // block_size))
+        scores[:, tiles, :first] *= 0.999
+        scores[:, tiles, first:] = float("-inf")
     gen_scores.fill_(float("-inf"))
     batch = batch.to(DEVICE)
-    score_generation(batch.q, batch.k, lse, batch.blocks, scores, gen_scores, batch.scale)
+    score_generation(
+        batch.q,
+        batch.k,
+        in_place(batch, lse),
+        batch.layout,
+        batch.selection,
+        scores,
+        gen_scores,
+        batch.scale,
+    )
     assert torch.equal(gen_scores, expected[1])
     torch.testing.assert_close(scores, expected[0], rtol=1e-3, atol=0)
 
@@ -121,20 +147,52 @@ def test_huge_logits_are_decided_as_one_or_zero(name):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_batch_mates_do_not_change_a_sequence(name):
-    batch, alone = make_batch([(33, 10), (70, 40)], 16), make_batch([(33, 10)], 16)
-    alone.q.copy_(batch.q[:33])
-    alone.k.copy_(batch.k[:33])
-    together = run(batch, None, *IMPLEMENTATIONS[name])
-    apart = run(alone, None, *IMPLEMENTATIONS[name])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_batch_mates_do_not_change_a_sequence(with_lse, name):
+    batch = make_batch([(70, 40), (33, 10), (90, 90)], 16)
+    lse = lse_of(batch) if with_lse else None
+    together = run(batch, lse, *IMPLEMENTATIONS[name])
+    apart = run(batch.only([1]), lse[:, 70:103] if with_lse else None, *IMPLEMENTATIONS[name])
     for mine, theirs in zip(apart, together, strict=True):
-        assert torch.equal(mine, theirs[:, :3, :3])
+        assert torch.equal(mine, theirs[:, 5:8, :3])
+        assert (theirs[:, 5:8, 3:] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_an_empty_batch_is_no_work(name):
-    scores, _ = run(make_batch([], 32), None, *IMPLEMENTATIONS[name])
-    assert scores.shape == (2, 0, 0)
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_batch_mate_full_of_nan_changes_nothing(with_lse, name):
+    batch = make_batch([(33, 10), (70, 40)], 16)
+    lse = lse_of(batch) if with_lse else None
+    before = run(batch, lse, *IMPLEMENTATIONS[name])
+    mate = batch.sequences[1]
+    batch.q[mate.queries] = batch.k[mate.keys] = float("nan")
+    if with_lse:
+        lse[:, 33:] = float("nan")
+    for mine, theirs in zip(before, run(batch, lse, *IMPLEMENTATIONS[name]), strict=True):
+        assert torch.equal(mine[:, :3], theirs[:, :3])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_some_of_the_heads_get_what_all_together_do(name):
+    """As where the scores of all heads at once would be too large."""
+    score, device = IMPLEMENTATIONS[name]
+    batch = make_batch([(70, 40), (33, 10)], 16, heads=(6, 3)).to(device)
+    lse = run_attention(batch, reference.dense_attention, device=device)[1]
+    whole = run(batch, lse, score, device)
+    some = replace(batch, q=batch.q[:, 2:4], k=batch.k[:, 1:2])
+    options = {"scale": batch.scale}
+    part = score(some.q, some.k, in_place(batch, lse)[2:4], some.layout, some.selection, **options)
+    for mine, theirs in zip(part, whole, strict=True):
+        torch.testing.assert_close(mine, theirs[2:4], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sizes", [[], [(0, 0)], [(0, 0), (40, 3), (0, 0), (17, 0), (0, 0)]])
+def test_sequences_without_rows_are_no_work(sizes, name):
+    batch = make_batch(sizes, 16)
+    scores, _ = run(batch, None, *IMPLEMENTATIONS[name])
+    assert scores.shape == (2, batch.layout.num_tiles, batch.layout.max_key_blocks)
+    assert (scores.isfinite().cpu() == existing(batch)).all()
 
 
 @pytest.mark.gpu
@@ -196,7 +254,7 @@ def test_thousands_of_launches_on_hopper_agree_to_the_bit():
         ([(1900, 1500), (700, 512)], (6, 3), 64),
     ]:
         batch = make_batch(sizes, 128, dtype=torch.bfloat16, heads=heads, head_dim=head_dim)
-        lse = exact_attention(batch)[1].float().to("cuda")
+        lse = lse_of(batch).to("cuda")
         cases.append((batch.to("cuda"), lse, hopper_block_scores))
     expected = [run(*case) for case in cases]
     for _ in range(1000):

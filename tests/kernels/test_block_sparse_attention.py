@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Attention over lists of key blocks: the kernel and its twin against float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from kernel_cases import (
@@ -14,21 +12,24 @@ from kernel_cases import (
     assert_within_rounding,
     check_sparse,
     exact_attention,
-    in_windows,
     make_batch,
     random_mask,
-    run_sparse,
-    table_of,
+    run_attention,
+    tables_of,
 )
 
 from sparsed_vllm.kernels import reference
 from sparsed_vllm.kernels.block_sparse_attention import block_sparse_attention
-from sparsed_vllm.kernels.layout import QueryBlocks, Span
+from sparsed_vllm.kernels.layout import PAGE, BatchLayout, BlockTables
 
 IMPLEMENTATIONS = {
     "kernel": (block_sparse_attention, DEVICE),
     "twin": (reference.block_sparse_attention, "cpu"),
 }
+
+
+def run(batch, tables, attend=block_sparse_attention, device=DEVICE):
+    return run_attention(batch, attend, tables, device=device)
 
 
 def check(batch, share=0.5, **options):
@@ -75,7 +76,7 @@ def test_an_empty_list_gives_zeros_and_no_mass(name):
     batch = make_batch([(40, 8), (1, 0)], 16)
     mask = random_mask(batch, 1.0)
     mask[1] = False
-    out, lse = run_sparse(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
+    out, lse = run(batch, tables_of(batch, mask), *IMPLEMENTATIONS[name])
     assert (out[:, 1] == 0).all() and (lse[1] == float("-inf")).all()
     assert out[:, 0].isfinite().all() and lse[0].isfinite().all()
 
@@ -83,41 +84,62 @@ def test_an_empty_list_gives_zeros_and_no_mass(name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_nothing_but_empty_lists_is_no_error(name):
     batch = make_batch([(40, 8)], 32)
-    out, _ = run_sparse(batch, table_of(batch, random_mask(batch, 0.0)), *IMPLEMENTATIONS[name])
+    out, _ = run(batch, tables_of(batch, random_mask(batch, 0.0)), *IMPLEMENTATIONS[name])
     assert (out == 0).all()
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_lists_of_all_blocks_give_dense_attention(block_size):
     batch = make_batch([(150, 100), (33, 0)], block_size, heads=(2, 2))
-    table = table_of(batch, random_mask(batch, 1.0))
-    options = {"scale": batch.scale, "return_lse": True}
-    dense = reference.dense_attention(batch.q, batch.k, batch.v, batch.blocks, **options)
-    sparse = run_sparse(batch, table, block_sparse_attention)
+    sparse = run(batch, tables_of(batch, random_mask(batch, 1.0)))
+    dense = run_attention(batch, reference.dense_attention, device="cpu")
     for actual, exact, twin in zip(sparse, exact_attention(batch), dense, strict=True):
         assert_within_rounding(actual, exact, twin)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_batch_mates_do_not_change_a_sequence(name):
-    batch, alone = make_batch([(33, 10), (70, 40)], 16), make_batch([(33, 10)], 16)
-    for mine, theirs in zip((alone.q, alone.k, alone.v), (batch.q, batch.k, batch.v), strict=True):
-        mine.copy_(theirs[:33])
-    mask = random_mask(batch, 0.5)
-    together, _ = run_sparse(batch, table_of(batch, mask), *IMPLEMENTATIONS[name])
-    apart, _ = run_sparse(alone, table_of(alone, mask[:, :3]), *IMPLEMENTATIONS[name])
-    assert torch.equal(together[:33], apart)
+    batch = make_batch([(70, 40), (133, 10), (33, 33)], 16)
+    tables = tables_of(batch, random_mask(batch, 0.5))
+    together, lse = run(batch, tables, *IMPLEMENTATIONS[name])
+    apart, lse_apart = run(batch.only([1]), tables, *IMPLEMENTATIONS[name])
+    assert torch.equal(together[70:203], apart) and torch.equal(lse[:, 70:203], lse_apart)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_batch_mate_full_of_nan_changes_nothing(name):
+    batch = make_batch([(33, 10), (70, 40)], 16)
+    tables = tables_of(batch, random_mask(batch, 1.0))
+    before, _ = run(batch, tables, *IMPLEMENTATIONS[name])
+    mate = batch.sequences[1]
+    batch.q[mate.queries] = batch.k[mate.keys] = batch.v[mate.keys] = float("nan")
+    after, _ = run(batch, tables, *IMPLEMENTATIONS[name])
+    assert torch.equal(before[:33], after[:33]) and after[33:].isnan().all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_window_gets_what_the_whole_sequence_does(name):
     batch = make_batch([(33, 10), (200, 40), (64, 1)], 32)
-    table = table_of(batch, random_mask(batch, 0.5))
-    narrow, rows, blocks = in_windows(batch, [(32, 33), (64, 160), (0, 64)])
-    of_windows = replace(table, rows=table.rows[blocks])
-    whole, whole_lse = run_sparse(batch, table, *IMPLEMENTATIONS[name])
-    part, part_lse = run_sparse(narrow, of_windows, *IMPLEMENTATIONS[name])
+    tables = tables_of(batch, random_mask(batch, 0.5))
+    whole, whole_lse = run(batch, tables, *IMPLEMENTATIONS[name])
+    narrow = batch.windows([(32, 33), (64, 160), (0, 64)])
+    part, part_lse = run(narrow, tables, *IMPLEMENTATIONS[name])
+    rows = torch.cat([torch.arange(*ends) for ends in [(32, 33), (97, 193), (233, 297)]])
     assert torch.equal(part, whole[rows]) and torch.equal(part_lse, whole_lse[:, rows])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "sizes", [[], [(0, 0)], [(0, 0), (40, 3), (0, 0), (0, 0), (17, 0), (0, 0)]]
+)
+def test_sequences_without_rows_or_keys_are_no_work(sizes, name):
+    batch = make_batch(sizes, 16)
+    tables = tables_of(batch, random_mask(batch, 1.0))
+    out, lse = run(batch, tables, *IMPLEMENTATIONS[name])
+    assert out.shape == (sum(length for length, _ in sizes), 2, 32)
+    assert out.isfinite().all() and lse.isfinite().all()
+    nothing = batch.windows([(0, 0)] * len(sizes))
+    assert run(nothing, tables, *IMPLEMENTATIONS[name])[0].shape == (0, 2, 32)
 
 
 @pytest.mark.gpu
@@ -132,12 +154,24 @@ def test_offsets_past_int32_are_reached():
     length, size, heads = 131072 + 5, 128, 32
     fused = torch.randn(length, 3 * heads, 128, device="cuda", dtype=torch.bfloat16)
     q, k, v = fused.split(heads, dim=1)
-    blocks = QueryBlocks.of([Span(0, length, 100)], size, "cuda")
-    last = blocks.num_blocks - 1
-    kept = torch.tensor([0, last], dtype=torch.int16, device="cuda").expand(last + 1, heads, 2)
-    count = torch.full((last + 1, heads), 2, dtype=torch.int32, device="cuda")
-    rows = torch.arange(last + 1, device="cuda")
-    out = block_sparse_attention(q, k, v, blocks, kept, count, rows, scale=128**-0.5)
+    layout = BatchLayout.of(
+        size,
+        "cuda",
+        query_starts=[0],
+        num_rows=[length],
+        first_rows=[0],
+        key_starts=[0],
+        key_lens=[length],
+        page_rows=[0],
+    )
+    last = layout.num_tiles - 1
+    ids = torch.tensor([0, last], dtype=torch.int16, device="cuda")
+    kept = ids.expand(last + 1, 1, heads, 2)
+    num_kept = torch.full_like(kept[..., 0], 2)
+    pages = torch.arange(last + 1, dtype=torch.int32, device="cuda")[None]
+    tables = BlockTables(kept, num_kept, pages)
+    assert tables.block_size == PAGE == size
+    out = block_sparse_attention(q, k, v, layout, tables, scale=128**-0.5)
     seen = torch.cat([torch.arange(size), torch.arange(last * size, length)]).cuda()
     logits = torch.einsum("qhd,khd->hqk", q[-5:].double(), k[seen].double()) * 128**-0.5
     exact = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[seen].double())

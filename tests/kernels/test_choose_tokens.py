@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from kernel_cases import DEVICE, assert_within_rounding
 
 from sparsed_vllm.kernels import choose_tokens as kernel
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.choice import Choice, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 MASK = 7
 CONFIDENCES = ["probability", "margin", "entropy"]
@@ -33,17 +31,30 @@ def random_logits(rows=8, vocab=300, dtype=torch.float32):
     return (torch.randn(rows, vocab) * 3).to(dtype)
 
 
+def noise_of(rows, seed=(5 << 32) + 3_000_000_000):
+    """Of one request's places, from 0 on."""
+    places = torch.arange(rows)
+    return Noise(torch.full_like(places, seed), places, torch.full_like(places, 3))
+
+
 def early_in(rows):
     """Every other row must not stop."""
     return Forbidden(MASK, torch.tensor([3, 5, 299]), torch.arange(rows) % 2 == 0)
 
 
-def run(logits, choice, forbidden=None, choose=kernel.choose_tokens, device=DEVICE):
+def run(logits, choice, forbidden=None, choose=kernel.choose_tokens, device=DEVICE, noise=None):
+    """noise: by default the same in every call"""
     forbidden = forbidden or Forbidden(MASK)
     if forbidden.early is not None:
         barred = (x.to(device) for x in (forbidden.stop_tokens, forbidden.early))
         forbidden = Forbidden(forbidden.mask_token_id, *barred)
-    return [x.cpu() for x in choose(logits.to(device), choice, forbidden)]
+    if choice.temperature > 0:
+        noise = on(device, noise or noise_of(len(logits)))
+    return [x.cpu() for x in choose(logits.to(device), choice, forbidden, noise)]
+
+
+def on(device, noise):
+    return Noise(*(x.to(device) for x in (noise.seeds, noise.places, noise.steps)))
 
 
 def exact_confidence(logits, tokens, choice, forbidden):
@@ -84,11 +95,11 @@ def test_the_likeliest_token_is_chosen(vocab, confidence, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "confidence"),
-    zip((torch.float32, torch.bfloat16, torch.float16), CONFIDENCES, strict=True),
+    list(zip((torch.float32, torch.bfloat16, torch.float16), CONFIDENCES, strict=True)),
 )
 @pytest.mark.parametrize("rest", DRAWN, ids=str)
 def test_tokens_are_drawn_as_the_twin_draws_them(rest, confidence, dtype):
-    choice = Choice(0.8, seed=(5 << 32) + 3_000_000_000, confidence=confidence, **rest)
+    choice = Choice(0.8, confidence=confidence, **rest)
     check(random_logits(dtype=dtype), choice)
 
 
@@ -127,7 +138,7 @@ def test_tokens_that_tie_at_the_edge_are_kept_together(rest, choose, device):
     logits = torch.full((48, 20), -9.0, dtype=torch.bfloat16)
     logits[:, :2], logits[:, 2:6] = 2.0, 1.0  # the two have 0.58 of the mass
     logits[:, MASK] = 50
-    choice = Choice(1.0, 1, tempered=True, **rest)
+    choice = Choice(1.0, tempered=True, **rest)
     tokens, confidence, _ = run(logits, choice, None, choose, device)
     kept = {0, 1, 2, 3, 4, 5}
     assert set(tokens.tolist()) == kept
@@ -140,7 +151,7 @@ def test_tokens_that_tie_at_the_edge_are_kept_together(rest, choose, device):
 def test_zeros_of_both_signs_tie(choose, device):
     logits = torch.full((40, 20), -9.0, dtype=torch.bfloat16)
     logits[:, :4] = torch.tensor([0.0, -0.0, 0.0, -0.0])
-    choice = Choice(1.0, 1, tempered=True, top_k=1)
+    choice = Choice(1.0, tempered=True, top_k=1)
     assert set(run(logits, choice, None, choose, device)[0].tolist()) == {0, 1, 2, 3}
 
 
@@ -151,7 +162,7 @@ def test_zeros_of_both_signs_tie(choose, device):
 def test_what_is_cut_off_is_found_to_the_last_bit(top_p, top_k, dtype):
     logits = random_logits(2, 200, dtype) - 4
     logits[1, ::3] = -torch.inf
-    check(logits, Choice(1.5, 9, tempered=True, top_p=top_p, top_k=top_k))
+    check(logits, Choice(1.5, tempered=True, top_p=top_p, top_k=top_k))
 
 
 @both
@@ -185,15 +196,62 @@ def test_rows_may_lie_apart(choice):
         assert torch.equal(a, b)
 
 
+SEEDS = [0, 1, 1 << 32, -1, 1 << 31, (1 << 63) - 1]
+EVERY_KIND = [
+    *({"confidence": confidence} for confidence in CONFIDENCES),
+    *({"temperature": 1.0, "confidence": confidence} for confidence in CONFIDENCES),
+    {"temperature": 1.0, "tempered": True, "top_p": 0.6, "confidence": "entropy"},
+    {"temperature": 1.0, "tempered": True, "top_k": 5, "confidence": "margin"},
+]
+
+
+@pytest.fixture
+def two_threads():
+    """Which torch shares out a sum between, if it is large enough."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @both
-def test_a_row_draws_alike_whoever_follows(choose, device):
-    logits = random_logits(6)
-    whole, part = (run(x, Choice(1.0, 4), None, choose, device)[0] for x in (logits, logits[:3]))
-    assert torch.equal(whole[:3], part)
-    others = (
-        run(logits, Choice(1.0, seed), None, choose, device)[0] for seed in (5, 4 + (1 << 32))
-    )
-    assert all(not torch.equal(whole, other) for other in others)
+@pytest.mark.parametrize("choice", EVERY_KIND, ids=str)
+@pytest.mark.parametrize("vocab", [301, 16_383, 40_001])
+def test_a_row_depends_on_its_own_logits_and_noise_alone(
+    vocab, choice, choose, device, two_threads
+):
+    """To the bit: beside other rows, in other places, and alone."""
+    if vocab > 301 and device == DEVICE == "cpu" and choose is kernel.choose_tokens:
+        pytest.skip("minutes in the interpreter")
+    logits, choice = random_logits(4, vocab), Choice(**choice)
+    noise = Noise(torch.randint(1 << 62, (4,)), torch.arange(4), torch.arange(4) % 2)
+    whole = run(logits, choice, early_of(4), choose, device, noise)
+    for rows in ([3], [2, 0, 0]):
+        own = Noise(noise.seeds[rows], noise.places[rows], noise.steps[rows])
+        part = run(logits[rows], choice, early_of(4, rows), choose, device, own)
+        for mine, theirs in zip(part, whole, strict=True):
+            assert torch.equal(mine, theirs[rows])
+
+
+def early_of(rows, some=slice(None)):
+    every = early_in(rows)
+    return Forbidden(every.mask_token_id, every.stop_tokens, every.early[some])
+
+
+@both
+def test_each_seed_place_and_step_draws_anew(choose, device):
+    logits = random_logits(1).expand(6, -1)
+    same, rising = torch.full((6,), 4), torch.arange(6)
+    for noise in (
+        Noise(torch.tensor(SEEDS), same, same),
+        Noise(same, rising, same),
+        Noise(same, same, rising),
+    ):
+        flat = torch.zeros(6, 300)
+        tokens = run(flat, Choice(1.0), None, choose, device, noise)[0]
+        assert len(set(tokens.tolist())) == 6
+        again = run(logits, Choice(1.0), None, choose, device, noise)[0]
+        assert torch.equal(again, run(logits, Choice(1.0), None, choose, device, noise)[0])
 
 
 @pytest.mark.parametrize(
@@ -206,8 +264,8 @@ def test_tokens_are_drawn_with_their_probability(rest, choose, device):
     """Chi-squared, five degrees of freedom: one seed in a million has more than 36."""
     rows, temperature = 4000, 0.7
     logits = torch.tensor([[1.0, 0.2, -0.5, 0.7, -1.0, 9.0, 0.0]], dtype=torch.bfloat16)
-    choice = Choice(temperature, 11, **rest)
-    tokens = run(logits.expand(rows, -1), choice, Forbidden(5), choose, device)[0]
+    choice, noise = Choice(temperature, **rest), noise_of(rows, 11)
+    tokens = run(logits.expand(rows, -1), choice, Forbidden(5), choose, device, noise)[0]
     allowed = Forbidden(5).bar_from(logits.clone())
     if choice.top_k:
         allowed[allowed < allowed.topk(choice.top_k).values[:, -1:]] = -torch.inf
@@ -218,62 +276,6 @@ def test_tokens_are_drawn_with_their_probability(rest, choose, device):
     assert ((drawn - expected)[possible] ** 2 / expected[possible]).sum() < 36
 
 
-@triton.jit
-def _noise_kernel(out, seed, row, SIZE: tl.constexpr):
-    noise = kernel.exponential(seed, row, tl.arange(0, SIZE // 2))
-    tl.store(out + tl.arange(0, SIZE), noise)
-
-
-@triton.jit
-def _share_kernel(out, high, low, SIZE: tl.constexpr):
-    lanes = tl.arange(0, SIZE)
-    words = tl.load(high + lanes), tl.load(low + lanes)
-    tl.store(out + lanes, kernel.share(words[0].to(tl.uint32), words[1].to(tl.uint32)))
-
-
-@pytest.mark.parametrize("seed", [0, 1 << 31, (1 << 64) - 1])
-@pytest.mark.parametrize("row", [0, 100_000])
-def test_the_noise_is_the_twin_s(row, seed):
-    noise = torch.empty(256, device=DEVICE)
-    signed = seed - (seed >> 63 << 64)
-    _noise_kernel[(1,)](noise, signed, row, 256)
-    expected = reference.exponential(seed, range(row, row + 1), 256, torch.device("cpu"))[0]
-    torch.testing.assert_close(noise.cpu(), expected, rtol=2e-6, atol=0)
-
-
-def test_random_bits_are_the_twin_s_numbers_to_the_bit():
-    """From the smallest to one, which does not fit below 2**32 in a float."""
-    edges = torch.tensor([0, 1, 2, 255, 1 << 24, (1 << 24) + 1, (1 << 31) + 129, (1 << 32) - 1])
-    high, low = (x.flatten() for x in torch.meshgrid(edges, edges, indexing="ij"))
-    shares = torch.empty(64, device=DEVICE)
-    _share_kernel[(1,)](shares, high.to(DEVICE), low.to(DEVICE), 64)
-    expected = reference.share(high, low)
-    assert torch.equal(shares.cpu(), expected)
-    assert expected.min() == 2**-65 and expected.max() == 1
-    exact = (high.double() * 2**32 + low.double() + 0.5) * 2**-64
-    torch.testing.assert_close(
-        expected.double()[exact > 2**-41], exact[exact > 2**-41], rtol=2**-23, atol=0
-    )
-
-
-def test_noise_is_exponential_far_into_its_tail():
-    """Shares below 1, 1e-2 and so on to 1e-6, of eight million, within five deviations."""
-    noise = reference.exponential(3, range(8), 1 << 20, torch.device("cpu"))
-    assert noise.min() > 0 and noise.max() < 17
-    for below in (1.0, 1e-2, 1e-4, 1e-6):
-        expected = -math.expm1(-below) * noise.numel()
-        assert abs((noise < below).sum() - expected) < 5 * expected**0.5
-
-
-def test_the_generator_is_philox():
-    """Words that its authors publish, of Random123's kat_vectors."""
-    key = (0xA4093822, 0x299F31D0)
-    digits = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    words = reference._philox(tuple(torch.tensor([x]) for x in digits), key)
-    expected = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
-    assert [int(word) for word in words] == expected
-
-
 @pytest.mark.gpu
 def test_the_numbers_of_logits_outgrow_int32():
     vocab, rows = 1 << 17, (1 << 14) + 3
@@ -282,7 +284,8 @@ def test_the_numbers_of_logits_outgrow_int32():
     logits[-1] = 0
     logits[-1, 100_001] = 20
     for choice in (Choice(), Choice(1.0, tempered=True, top_p=0.5)):
-        tokens, _, largest = kernel.choose_tokens(logits, choice, Forbidden(MASK))
+        noise = on("cuda", noise_of(rows)) if choice.temperature else None
+        tokens, _, largest = kernel.choose_tokens(logits, choice, Forbidden(MASK), noise)
         assert (tokens[:-1] == 70_000).all() and tokens[-1] == 100_001 and (largest == 20).all()
 
 

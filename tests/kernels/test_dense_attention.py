@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Dense attention of a packed batch: the kernel and its twin against float64."""
+"""Dense attention of a batch: the kernel and its twin against float64."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from kernel_cases import (
     RAGGED,
     assert_within_rounding,
     exact_attention,
-    in_windows,
     make_batch,
+    run_attention,
 )
 
 from sparsed_vllm.kernels import reference
@@ -22,14 +22,7 @@ IMPLEMENTATIONS = {"kernel": (dense_attention, DEVICE), "twin": (reference.dense
 
 
 def run(batch, attend=dense_attention, device=DEVICE):
-    """Into memory full of NaN."""
-    batch = batch.to(device)
-    out = torch.full_like(batch.q, float("nan"))
-    result, lse = attend(
-        batch.q, batch.k, batch.v, batch.blocks, scale=batch.scale, out=out, return_lse=True
-    )
-    assert result is out
-    return result, lse
+    return run_attention(batch, attend, device=device)
 
 
 def check(batch):
@@ -53,7 +46,7 @@ def test_every_head_size_equals_float64_within_rounding(head_dim):
     check(make_batch([(70, 40), (1, 0)], 32, head_dim=head_dim, dtype=torch.float16))
 
 
-def test_blocks_of_128_equal_float64_within_rounding():
+def test_tiles_of_128_equal_float64_within_rounding():
     check(make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=torch.bfloat16))
 
 
@@ -69,27 +62,42 @@ def test_equal_and_huge_logits_give_no_nan(spread):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_batch_mates_do_not_change_a_sequence(name):
-    attend, device = IMPLEMENTATIONS[name]
+    batch = make_batch([(70, 40), (33, 10), (33, 33)], 32)
+    together, lse = run(batch, *IMPLEMENTATIONS[name])
+    apart, lse_apart = run(batch.only([1]), *IMPLEMENTATIONS[name])
+    assert torch.equal(together[70:103], apart) and torch.equal(lse[:, 70:103], lse_apart)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_batch_mate_full_of_nan_changes_nothing(name):
     batch = make_batch([(33, 10), (70, 40)], 32)
-    alone = make_batch([(33, 10)], 32)
-    for mine, theirs in zip((alone.q, alone.k, alone.v), (batch.q, batch.k, batch.v), strict=True):
-        mine.copy_(theirs[:33])
-    (together, _), (apart, _) = run(batch, attend, device), run(alone, attend, device)
-    assert torch.equal(together[:33], apart)
+    before, _ = run(batch, *IMPLEMENTATIONS[name])
+    mate = batch.sequences[1]
+    batch.q[mate.queries] = batch.k[mate.keys] = batch.v[mate.keys] = float("nan")
+    after, _ = run(batch, *IMPLEMENTATIONS[name])
+    assert torch.equal(before[:33], after[:33]) and after[33:].isnan().all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_window_gets_what_the_whole_sequence_does(name):
     batch = make_batch([(33, 10), (200, 40), (64, 1)], 32)
-    narrow, rows, _ = in_windows(batch, [(32, 33), (64, 160), (0, 64)])
-    (whole, whole_lse), (part, part_lse) = (run(x, *IMPLEMENTATIONS[name]) for x in (batch, narrow))
+    whole, whole_lse = run(batch, *IMPLEMENTATIONS[name])
+    part, part_lse = run(batch.windows([(32, 33), (64, 160), (0, 64)]), *IMPLEMENTATIONS[name])
+    rows = torch.cat([torch.arange(*ends) for ends in [(32, 33), (97, 193), (233, 297)]])
     assert torch.equal(part, whole[rows]) and torch.equal(part_lse, whole_lse[:, rows])
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_an_empty_batch_is_no_work(name):
-    out, lse = run(make_batch([], 32), *IMPLEMENTATIONS[name])
-    assert out.shape == (0, 2, 32) and lse.shape == (2, 0)
+@pytest.mark.parametrize(
+    "sizes", [[], [(0, 0)], [(0, 0), (40, 3), (0, 0), (0, 0), (17, 0), (0, 0)]]
+)
+def test_sequences_without_rows_or_keys_are_no_work(sizes, name):
+    batch = make_batch(sizes, 16)
+    out, lse = run(batch, *IMPLEMENTATIONS[name])
+    assert out.shape == (sum(length for length, _ in sizes), 2, 32)
+    assert out.isfinite().all() and lse.isfinite().all()
+    nothing = batch.windows([(0, 0)] * len(sizes))
+    assert run(nothing, *IMPLEMENTATIONS[name])[0].shape == (0, 2, 32)
 
 
 @pytest.mark.gpu

@@ -8,17 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import (
-    Table,
     check_sparse,
-    in_windows,
     make_batch,
     random_mask,
-    run_sparse,
-    table_of,
+    run_attention,
+    tables_of,
 )
 
 from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.layout import QueryBlocks, Span
 
 hopper = pytest.importorskip("sparsed_vllm.kernels.hopper", reason="this Triton has no Gluon")
 
@@ -37,8 +34,8 @@ def check(batch, mask=None, **options):
     check_sparse(batch, mask, hopper.block_sparse_attention, **options)
 
 
-def run(batch, table):
-    return run_sparse(batch, table, hopper.block_sparse_attention)
+def run(batch, tables):
+    return run_attention(batch, hopper.block_sparse_attention, tables, device="cuda")
 
 
 def blocks_of_128(sizes, dtype=torch.bfloat16, heads=(4, 2), head_dim=128, **options):
@@ -87,30 +84,37 @@ def test_rows_of_one_block_and_of_all_follow_each_other():
 
 def test_empty_lists_among_others_give_zeros_and_no_mass():
     batch = blocks_of_128([(400, 8)], heads=(128, 4))
-    batch.v[5] = float("inf")
+    batch.v[batch.tokens[5]] = float("inf")
     mask = random_mask(batch, 1.0)
     mask[::2] = False
-    out, lse = run(batch, table_of(batch, mask))
+    out, lse = run(batch, tables_of(batch, mask))
     assert (out[:, ::2] == 0).all() and (lse[::2] == float("-inf")).all()
     assert lse[1::2].isfinite().all()
 
 
 def test_logits_of_minus_infinity_weigh_nothing():
     batch = blocks_of_128([(300, 8)], heads=(1, 1))
-    batch.q[:, 0, 0] = 1.0
-    batch.k[3, 0, 0] = batch.k[140:260, 0, 0] = float("-inf")
+    silence(batch)
+    batch.k[batch.tokens[3], 0, 0] = float("-inf")
     check(batch, torch.ones(1, 3, 3, dtype=torch.bool))
+
+
+def silence(batch):
+    """Logits of minus infinity at keys 140 to 260 of the only sequence."""
+    batch.q[batch.rows, 0, 0] = 1.0
+    batch.k[batch.tokens[140:260], 0, 0] = float("-inf")
 
 
 def rising(sizes, rows, dtype=torch.bfloat16, **options):
     """For these queries the first 20 keys' logits lie 200 above those of the last block.
 
+    rows: of all sequences' rows, one after another
     By the last column: tensor cores would round the sums of further ones to its size.
     """
     batch = blocks_of_128(sizes, dtype, **options)
-    batch.q[..., -1] = batch.k[..., -1] = 0.0
-    batch.q[rows, :, -1] = 1.0
-    batch.k[:20, :, -1] = 200 / batch.scale
+    batch.q[batch.rows, :, -1] = batch.k[batch.tokens, :, -1] = 0.0
+    batch.q[batch.rows[rows], :, -1] = 1.0
+    batch.k[batch.tokens[:20], :, -1] = 200 / batch.scale
     return batch
 
 
@@ -135,48 +139,96 @@ def test_logits_far_above_those_of_the_last_block_equal_float64_within_rounding(
 def test_values_near_the_largest_number_stay_finite():
     """Sums of weights that are small enough themselves may not overflow through their values."""
     batch = rising([(400, 0)], slice(None), heads=(2, 2))
-    batch.k[:20, :, -1] = 60 / batch.scale
-    batch.v[:] = 1e37
-    out, _ = run(batch, table_of(batch, torch.ones(2, 4, 4, dtype=torch.bool)))
+    batch.k[batch.tokens[:20], :, -1] = 60 / batch.scale
+    batch.v[batch.tokens] = 1e37
+    out, _ = run(batch, tables_of(batch, torch.ones(2, 4, 4, dtype=torch.bool)))
     assert torch.allclose(out.float(), torch.full_like(out.float(), 1e37), rtol=1e-2)
 
 
+MANY = [(n, 0) for n in (1, 640, 127, 128, 129, 3, 255, 256, 257, 64, 65, 900, 63, 385, 40)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_ragged_sequences_in_one_launch_equal_each_alone(dtype, head_dim):
+    """To the bit, in any order and company."""
+    batch = blocks_of_128(MANY, dtype, head_dim=head_dim)
+    tables = tables_of(batch, random_mask(batch, 0.6))
+    out, lse = run(batch, tables)
+    ends = torch.tensor([length for length, _ in MANY]).cumsum(0).tolist()
+    for place, (length, _) in enumerate(MANY):
+        rows = slice(ends[place] - length, ends[place])
+        alone, lse_alone = run(batch.only([place]), tables)
+        assert torch.equal(alone, out[rows]) and torch.equal(lse_alone, lse[:, rows])
+    order = torch.randperm(len(MANY))[:9].tolist()
+    rows = torch.cat([torch.arange(ends[i] - MANY[i][0], ends[i]) for i in order])
+    some, lse_some = run(batch.only(order), tables)
+    assert torch.equal(some, out[rows]) and torch.equal(lse_some, lse[:, rows])
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_what_lies_around_a_sequence_does_not_matter(odd):
-    """Memory of others lies before and after the 300 tokens, in the last block's 128 places too."""
-    batch = blocks_of_128([(1000, 0)])
-    for x in (batch.q, batch.k, batch.v):
-        x[:200], x[500:] = odd, odd
-    inner = replace(batch, blocks=QueryBlocks.of([Span(200, 300, 0)], 128, "cpu"))
-    alone = replace(inner, q=batch.q[200:500], k=batch.k[200:500], v=batch.v[200:500])
-    alone = replace(alone, blocks=QueryBlocks.of([Span(0, 300, 0)], 128, "cpu"))
-    table = table_of(alone, torch.ones(4, 3, 3, dtype=torch.bool))
-    out, lse = run(inner, table)
-    expected, expected_lse = run(alone, table)
-    assert torch.equal(out[200:500], expected) and torch.equal(lse[:, 200:500], expected_lse)
-    assert out[:200].isnan().all() and out[500:].isnan().all()
+@pytest.mark.parametrize("length", [1, 100, 129, 300])
+def test_a_batch_mate_full_of_nan_changes_nothing(length, odd):
+    """Even one that begins in the row after the sequence's last, in the same block of memory."""
+    batch = blocks_of_128([(length, 0), (400, 0)])
+    tables = tables_of(batch, random_mask(batch, 1.0))
+    before, lse = run(batch, tables)
+    own, mate = batch.sequences
+    batch.q[mate.queries] = batch.k[mate.keys] = batch.v[mate.keys] = odd
+    for x, rows in ((batch.q, own.queries), (batch.k, own.keys), (batch.v, own.keys)):
+        x[: rows.start] = x[rows.stop :] = odd
+    after, lse_after = run(batch, tables)
+    assert torch.equal(after[:length], before[:length])
+    assert torch.equal(lse_after[:, :length], lse[:, :length])
+    assert after[length:].isnan().all()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_rows_of_no_sequence_stay_as_they_are(odd):
+    """They hold what other launches of the same step write there."""
+    batch = blocks_of_128([(300, 0), (400, 0), (129, 0)]).to("cuda")
+    tables = tables_of(batch.to("cpu"), random_mask(batch.to("cpu"), 0.5))
+    out = torch.full_like(batch.q, odd)
+    some = batch.only([2, 0])
+    options = {"scale": batch.scale, "out": out}
+    on_gpu = replace(tables, **{name: x.cuda() for name, x in vars(tables).items()})
+    hopper.block_sparse_attention(some.q, some.k, some.v, some.layout, on_gpu, **options)
+    others = torch.ones(len(out), dtype=torch.bool)
+    others[some.rows] = False
+    untouched, expected = out[others.cuda()], torch.full_like(out[others.cuda()], odd)
+    assert torch.equal(untouched.view(torch.int16), expected.view(torch.int16))
+    assert out[some.rows.cuda()].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(200, 201), slice(None)])
 def test_a_window_gets_what_the_whole_sequence_does(rows):
     batch = rising([(300, 10), (1000, 40), (129, 1)], rows)
-    table = table_of(batch, random_mask(batch, 0.5))
-    narrow, rows, blocks = in_windows(batch, [(256, 300), (128, 512), (0, 129)])
-    narrow = narrow.to("cuda")
-    of_windows = replace(table, rows=table.rows[blocks]).to("cuda")
-    out = hopper.block_sparse_attention(
-        narrow.q, narrow.k, narrow.v, narrow.blocks, *of_windows, scale=batch.scale
-    )
-    assert torch.equal(out, run(batch, table)[0][rows.cuda()])
+    tables = tables_of(batch, random_mask(batch, 0.5))
+    whole, whole_lse = run(batch, tables)
+    part, part_lse = run(batch.windows([(256, 300), (128, 512), (0, 129)]), tables)
+    rows = torch.cat([torch.arange(*ends) for ends in [(256, 300), (428, 812), (1300, 1429)]])
+    assert torch.equal(part, whole[rows]) and torch.equal(part_lse, whole_lse[:, rows])
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [(0, 0)], [(0, 0), (40, 3), (0, 0), (0, 0), (170, 0), (0, 0)]]
+)
+def test_sequences_without_rows_are_no_work(sizes):
+    batch = blocks_of_128(sizes)
+    out, lse = run(batch, tables_of(batch, random_mask(batch, 1.0)))
+    assert out.isfinite().all() and lse.isfinite().all()
 
 
 def test_unaligned_tensors_take_the_plain_kernel():
-    """The copy engine reads from multiples of 16 bytes only."""
+    """TMA reads from multiples of 16 bytes only."""
     batch = blocks_of_128([(300, 20)], heads=(2, 2))
     mask = random_mask(batch, 0.5)
-    batch = batch.to("cuda")
-    q, k, v = (shifted(x) for x in (batch.q, batch.k, batch.v))
-    check_sparse(replace(batch, q=q, k=k, v=v), mask, api.block_sparse_attention)
+
+    def attend(q, k, v, layout, tables, **options):
+        q, k, v = (shifted(x) for x in (q, k, v))
+        return api.block_sparse_attention(q, k, v, layout, tables, **options)
+
+    check_sparse(batch, mask, attend)
 
 
 def shifted(x):
@@ -214,8 +266,7 @@ def stress_cases():
     single = blocks_of_128([(1500, 0)], heads=(8, 8))
     yield single, torch.eye(12, dtype=torch.bool).expand(8, 12, 12)
     gaps = blocks_of_128([(300, 0)], heads=(1, 1))
-    gaps.q[:, 0, 0] = 1.0
-    gaps.k[140:260, 0, 0] = float("-inf")
+    silence(gaps)
     yield gaps, torch.ones(1, 3, 3, dtype=torch.bool)
 
 
@@ -229,7 +280,7 @@ def launches_that_differ(cases, expected):
 
 
 def on_the_gpu(batch, mask):
-    return batch.to("cuda"), Table(*table_of(batch, mask).to("cuda"))
+    return batch.to("cuda"), tables_of(batch, mask)
 
 
 def test_thousands_of_launches_agree_with_float64_and_to_the_bit():

@@ -6,20 +6,20 @@ import math
 
 import pytest
 import torch
-from kernel_cases import Table, logits_of, make_batch
+from kernel_cases import listed, logits_of, make_batch, scattered_tables
 
 from sparsed_vllm.kernels import reference
 
 
-def published_mask(batch, share):
+def published_mask(batch, prompt_length, share):
     """bool [num_heads, query blocks, key blocks] of a batch of one sequence."""
-    (span,) = batch.blocks.spans
-    size = batch.blocks.block_size
-    count = math.ceil(span.length / size)
+    (sequence,) = batch.sequences
+    size = batch.layout.tile
+    count = math.ceil(sequence.key_len / size)
     begins = [size * block for block in range(count)]
-    generated = [block for block in range(count) if begins[block] >= span.prompt_length]
+    generated = [block for block in range(count) if begins[block] >= prompt_length]
     first = generated[0] if generated else count - 1
-    logits = logits_of(batch, span)
+    logits = logits_of(batch, sequence)
     everywhere = logits.softmax(-1)
     within = logits[:, :, begins[first] :].softmax(-1)
     mask = torch.zeros(logits.shape[0], count, count, dtype=torch.bool)
@@ -41,10 +41,11 @@ def best_blocks(mass, size, share):
 
 
 def kept_mask(batch):
-    table = Table.scattered(batch, batch.blocks.most_kept)
-    scores = reference.block_scores(batch.q, batch.k, None, batch.blocks, scale=batch.scale)
-    reference.select_blocks(*scores, batch.blocks, table.kept, table.num_kept, table.rows)
-    return table.mask(batch.blocks.max_key_blocks)
+    tables = scattered_tables(batch, batch.selection.most_kept)
+    of = (batch.layout, batch.selection)
+    scores = reference.block_scores(batch.q, batch.k, None, *of, scale=batch.scale)
+    reference.select_blocks(*scores, *of, tables)
+    return listed(batch, tables)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
@@ -54,4 +55,5 @@ def test_the_kept_blocks_are_the_published_ones(block_size, share):
         length = int(torch.randint(1, 10 * block_size, ()))
         prompt_length = int(torch.randint(0, length, ()))
         batch = make_batch([(length, prompt_length)], block_size, select=share, spread=1.5)
-        assert torch.equal(kept_mask(batch), published_mask(batch, share)), (length, prompt_length)
+        expected = published_mask(batch, prompt_length, share)
+        assert torch.equal(kept_mask(batch), expected), (length, prompt_length)

@@ -4,11 +4,19 @@
 
 import pytest
 import torch
-from kernel_cases import make_batch, random_mask, run_sparse, table_of
+from kernel_cases import (
+    make_batch,
+    random_mask,
+    run_attention,
+    scattered_tables,
+    tables_of,
+    tables_on,
+)
+from paged_cases import make_case
 
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.block_sparse_attention import block_sparse_attention
-from sparsed_vllm.kernels.choice import Choice, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
@@ -25,24 +33,26 @@ def test_sparse_attention(attend, spread, block_size, head_dim):
     """
     sizes = {"head_dim": head_dim, "dtype": torch.bfloat16, "heads": (4, 2), "spread": spread}
     batch = make_batch(SIZES, block_size, **sizes)
-    out, _ = run_sparse(batch, table_of(batch, random_mask(batch, 0.5)), attend)
+    out, _ = run_attention(batch, attend, tables_of(batch, random_mask(batch, 0.5)))
     torch.cuda.synchronize()
     assert not out.isnan().any()
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(128, 128), (32, 64)])
 def test_a_recording_step(block_size, head_dim):
-    batch = make_batch(SIZES, block_size, head_dim=head_dim, dtype=torch.bfloat16).to("cuda")
-    blocks, options = batch.blocks, {"scale": batch.scale}
-    _, lse = api.dense_attention(batch.q, batch.k, batch.v, blocks, return_lse=True, **options)
-    scores = api.block_scores(batch.q, batch.k, lse, blocks, **options)
-    shape = (blocks.num_blocks, batch.q.shape[1])
-    kept = torch.empty(*shape, blocks.most_kept, dtype=torch.int16, device="cuda")
-    num_kept = torch.empty(shape, dtype=torch.int32, device="cuda")
-    rows = torch.arange(blocks.num_blocks, device="cuda")
-    api.select_blocks(*scores, blocks, kept, num_kept, rows)
+    batch = make_batch(SIZES, block_size, head_dim=head_dim, dtype=torch.bfloat16)
+    most = batch.selection.most_kept
+    tables, batch = tables_on("cuda", scattered_tables(batch, most)), batch.to("cuda")
+    of, scale = (batch.layout, batch.selection), batch.scale
+    _, lse = api.dense_attention(
+        batch.q, batch.k, batch.v, batch.layout, scale=scale, return_lse=True
+    )
+    scores = api.block_scores(batch.q, batch.k, lse, *of, scale=scale)
+    api.select_blocks(*scores, *of, tables)
     torch.cuda.synchronize()
-    assert (num_kept >= 1).all() and (num_kept <= blocks.most_kept).all()
+    for sequence in batch.sequences:
+        counts = tables.num_kept[tables.rows(sequence)]
+        assert (counts >= 1).all() and (counts <= most).all()
 
 
 @pytest.mark.parametrize(
@@ -58,5 +68,19 @@ def test_tokens_are_chosen(choice):
     logits = torch.randn(3, 9001, device="cuda", dtype=torch.bfloat16)
     early = torch.tensor([True, False, True], device="cuda")
     forbidden = Forbidden(7, torch.tensor([9000], device="cuda"), early)
-    tokens, *_ = api.choose_tokens(logits, choice, forbidden)
+    noise = Noise(*torch.arange(9, device="cuda").split(3)) if choice.temperature else None
+    tokens, *_ = api.choose_tokens(logits, choice, forbidden, noise)
     assert (tokens >= 0).all() and (tokens < 9001).all()
+
+
+def test_uniform_numbers_are_drawn():
+    numbers = api.draw_uniform(Noise(*torch.arange(390, device="cuda").split(130)))
+    assert (numbers > 0).all() and (numbers < 1).all()
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (32, torch.float32)])
+def test_mass_is_added_to_tokens(head_dim, dtype):
+    arguments = make_case([(300, 70), (129, 0), (1, 1)], head_dim=head_dim, dtype=dtype).on("cuda")
+    api.token_mass(**arguments)
+    torch.cuda.synchronize()
+    assert not arguments["mass"].isnan().any()

@@ -2,15 +2,28 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Scores -> lists of kept blocks: the kernel and its twin, which must agree to the bit."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from kernel_cases import DEVICE, RAGGED, Table, make_batch
+from kernel_cases import (
+    DEVICE,
+    RAGGED,
+    existing,
+    listed,
+    make_batch,
+    scattered_tables,
+    tables_on,
+)
 
 from sparsed_vllm.kernels import reference
 from sparsed_vllm.kernels import select_blocks as module
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, keep_counts, most_kept
+from sparsed_vllm.kernels.layout import (
+    FIRST_GEN,
+    BatchLayout,
+    BlockTables,
+    Selection,
+    keep_counts,
+    most_kept,
+)
 from sparsed_vllm.kernels.select_blocks import select_blocks
 
 IMPLEMENTATIONS = [(select_blocks, DEVICE), (reference.select_blocks, "cpu")]
@@ -19,20 +32,24 @@ both = pytest.mark.parametrize(("select", "device"), IMPLEMENTATIONS, ids=["kern
 
 def random_scores(batch, levels=None):
     """Like block_scores': with `levels`, few different ones, so that many tie."""
-    blocks = batch.blocks
-    shape = (2, batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks)
+    layout = batch.layout
+    shape = (2, batch.q.shape[1], layout.num_tiles, layout.max_key_blocks)
     scores = torch.rand(shape) if levels is None else torch.randint(levels, shape) / levels
-    ids = torch.arange(blocks.max_key_blocks)
-    scores[:, :, ids >= -(-blocks.lengths[:, None] // blocks.block_size)] = float("-inf")
-    scores[1, :, ids < blocks.first_gens[:, None]] = float("-inf")
+    scores[:, :, ~existing(batch)] = float("-inf")
+    for place, sequence in layout.sequences():
+        tiles = slice(
+            sequence.tile_start, sequence.tile_start - (-sequence.num_rows // layout.tile)
+        )
+        scores[1, :, tiles, : batch.selection.host[FIRST_GEN, place]] = float("-inf")
     return scores[0], scores[1]
 
 
 def run(batch, scores, select, device, width=None, **options):
-    table = Table.scattered(batch, width or batch.blocks.most_kept, **options)
-    written = table.to(device)
-    select(*(s.to(device) for s in scores), batch.to(device).blocks, *written)
-    return Table(*(x.cpu() for x in written))
+    """Into tables full of what names no block; returns those and where they were written."""
+    tables = scattered_tables(batch, width or batch.selection.most_kept, **options)
+    written, there = tables_on(device, tables), batch.to(device)
+    select(*(s.to(device) for s in scores), there.layout, there.selection, written)
+    return BlockTables(written.kept.cpu(), written.num_kept.cpu(), tables.pages)
 
 
 def expected_ids(scores, gen_scores, length, first_gen, share, block_size):
@@ -44,25 +61,31 @@ def expected_ids(scores, gen_scores, length, first_gen, share, block_size):
     return sorted({i for i in best if i < first_gen} | set(generated))
 
 
-def check(batch, scores, select, device, **options):
-    table, blocks = run(batch, scores, select, device, **options), batch.blocks
-    for head in range(batch.q.shape[1]):
-        for span, places in blocks.by_span():
-            for place in range(places.start, places.stop):
-                ids = expected_ids(
-                    *(s[head, place].tolist() for s in scores),
-                    *(span.length, int(blocks.first_gens[place]), span.select, blocks.block_size),
-                )
-                row = table.rows[place]
-                unused = [-1] * (table.kept.shape[2] - len(ids))
-                assert table.kept[row, head].tolist() == ids + unused
-                assert table.num_kept[row, head] == len(ids)
+def check(batch, scores, select, device, share=0.3, **options):
+    tables = run(batch, scores, select, device, **options)
+    for place, sequence in batch.layout.sequences():
+        first_gen = int(batch.selection.host[FIRST_GEN, place])
+        for tile, (page, row) in enumerate(
+            zip(*tables.rows(sequence), strict=True), sequence.tile_start
+        ):
+            for head in range(batch.q.shape[1]):
+                pair = (s[head, tile].tolist() for s in scores)
+                ids = expected_ids(*pair, sequence.key_len, first_gen, share, batch.layout.tile)
+                assert tables.num_kept[page, row, head] == len(ids)
+                assert tables.kept[page, row, head, : len(ids)].tolist() == ids
 
 
 @both
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
 def test_the_best_of_all_and_of_the_generation_are_listed_in_order(share, select, device):
-    batch = make_batch([*RAGGED, (100, 45)], 16, select=share)
+    batch = make_batch([*RAGGED, (200, 145)], 16, select=share)
+    check(batch, random_scores(batch), select, device, share)
+
+
+@both
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_a_page_has_a_row_for_each_of_its_blocks(block_size, select, device):
+    batch = make_batch([(700, 300), (1, 0), (257, 255)], block_size)
     check(batch, random_scores(batch), select, device)
 
 
@@ -90,16 +113,19 @@ def test_scores_that_are_not_numbers_still_list_blocks_that_exist(nan, select, d
     scores = random_scores(batch)
     for s in scores:
         s[:, ::2] = torch.where(s[:, ::2] >= 0, nan, s[:, ::2])
-    table = run(batch, scores, select, device)
-    for place in range(batch.blocks.num_blocks):
-        row, count = table.rows[place], -(-int(batch.blocks.lengths[place]) // 16)
-        for kept, num_kept in zip(table.kept[row], table.num_kept[row].tolist(), strict=True):
-            ids = kept[:num_kept].tolist()
-            assert ids == sorted(set(ids)) and set(ids) <= set(range(count))
+    tables = run(batch, scores, select, device)
+    for sequence in batch.sequences:
+        count = -(-sequence.key_len // 16)
+        for page, row in zip(*tables.rows(sequence), strict=True):
+            for kept, num_kept in zip(
+                tables.kept[page, row], tables.num_kept[page, row].tolist(), strict=True
+            ):
+                ids = kept[:num_kept].tolist()
+                assert ids == sorted(set(ids)) and set(ids) <= set(range(count))
 
 
 @both
-def test_a_wide_table_ends_in_minus_one(select, device):
+def test_a_table_may_be_wider_than_its_lists(select, device):
     batch = make_batch([(40, 20)], 16)
     check(batch, random_scores(batch), select, device, width=50)
 
@@ -112,38 +138,66 @@ def test_ids_may_be_int32(select, device):
 
 @both
 def test_rows_of_others_stay_as_they_are(select, device):
-    batch = make_batch([(100, 45)], 16)
-    table = run(batch, random_scores(batch), select, device, poison=77)
-    others = torch.ones(len(table.kept), dtype=torch.bool)
-    others[table.rows] = False
-    assert (table.kept[others] == 77).all() and (table.num_kept[others] == 77).all()
+    batch = make_batch([(100, 45), (300, 7)], 16)
+    tables = run(batch, random_scores(batch), select, device, poison=77)
+    others = torch.ones(tables.num_kept.shape[:2], dtype=torch.bool)
+    for sequence in batch.sequences:
+        others[tables.rows(sequence)] = False
+    assert (tables.kept[others] == 77).all() and (tables.num_kept[others] == 77).all()
+
+
+@both
+def test_heads_of_others_stay_as_they_are(select, device):
+    batch = make_batch([(100, 45)], 16, heads=(3, 1))
+    tables, there = tables_on(device, scattered_tables(batch, 9, poison=77)), batch.to(device)
+    scores = [s[1:2].to(device) for s in random_scores(batch)]
+    some = BlockTables(tables.kept[:, :, 1:2], tables.num_kept[:, :, 1:2], tables.pages)
+    select(*scores, there.layout, there.selection, some)
+    assert (tables.kept[:, :, ::2] == 77).all() and (tables.num_kept[:, :, ::2] == 77).all()
+    assert (tables.num_kept[:, :, 1] != 77).sum() == batch.layout.num_tiles
 
 
 @both
 def test_everything_is_kept_where_select_is_one(select, device):
     batch = make_batch(RAGGED, 16, select=1.0)
-    table = run(batch, random_scores(batch), select, device)
-    num_key_blocks = -(-batch.blocks.lengths // 16)
-    assert (table.num_kept[table.rows] == num_key_blocks[:, None]).all()
+    tables = run(batch, random_scores(batch), select, device)
+    assert (listed(batch, tables) == existing(batch)).all()
+
+
+@both
+def test_an_empty_batch_is_no_work(select, device):
+    batch = make_batch([(0, 0)], 16)
+    tables = run(batch, random_scores(batch), select, device, width=3, poison=77)
+    assert (tables.num_kept == 77).all()
 
 
 @both
 def test_4096_key_blocks_are_selected_from(select, device):
-    length = 4096 * 16 - 3
-    blocks = QueryBlocks.of([Span(0, length, 50000, 0.3)], 16, device)
-    names = ("starts", "lengths", "indices", "first_gens", "keep_all", "keep_gen")
-    last_two = replace(blocks, **{name: getattr(blocks, name)[-2:] for name in names})
-    first_gen = int(last_two.first_gens[0])
-    scores = torch.rand(1, 2, 4096)
+    """Beside a longer sequence, of which this launch computes nothing."""
+    length = 300
+    layout = BatchLayout.of(
+        16,
+        device,
+        query_starts=[0, 0],
+        num_rows=[length, 0],
+        first_rows=[0, 0],
+        key_starts=[0, 0],
+        key_lens=[4096 * 16 - 3, 5],
+        page_rows=[0, 0],
+    )
+    selection = Selection.of(layout, [50000, 0], [0.3, 0.3])
+    first_gen = int(selection.host[FIRST_GEN, 0])
+    scores = torch.rand(1, layout.num_tiles, 4096)
     gen_scores = scores.masked_fill(torch.arange(4096) < first_gen, float("-inf"))
-    kept = torch.zeros(2, 1, blocks.most_kept, dtype=torch.int16, device=device)
-    count = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    rows = torch.arange(2, device=device)
-    select(scores.to(device), gen_scores.to(device), last_two, kept, count, rows)
-    for row in range(2):
-        row_scores = (scores[0, row].tolist(), gen_scores[0, row].tolist())
-        ids = expected_ids(*row_scores, length, first_gen, 0.3, 16)
-        assert kept[row, 0, : count[row, 0]].tolist() == ids
+    kept = torch.zeros(3, 8, 1, selection.most_kept, dtype=torch.int16, device=device)
+    pages = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    tables = BlockTables(kept, torch.zeros_like(kept[..., 0]), pages)
+    select(scores.to(device), gen_scores.to(device), layout, selection, tables)
+    for block in (0, 1, 9, 18):
+        row_scores = (scores[0, block].tolist(), gen_scores[0, block].tolist())
+        ids = expected_ids(*row_scores, 4096 * 16 - 3, first_gen, 0.3, 16)
+        row = (int(pages[0, block // 8]), block % 8, 0)
+        assert kept[row][: tables.num_kept[row]].tolist() == ids
 
 
 @pytest.mark.parametrize(("most", "widths"), [(1, [256]), (257, [256, 1024]), (1024, [256, 1024])])
@@ -151,7 +205,7 @@ def test_every_width_up_to_the_longest_sequence_is_compiled_beforehand(most, wid
     tried = []
     width_for = module.width_for
     monkeypatch.setattr(module, "width_for", lambda n: tried.append(width_for(n)) or tried[-1])
-    module.compile_up_to(most, 2, torch.int16, DEVICE)
+    module.compile_up_to(most, torch.int16, DEVICE)
     assert tried[1:] == widths  # after the longest one's own
     assert set(map(width_for, range(1, most + 1))) == set(widths)
 
@@ -162,5 +216,5 @@ def test_a_table_of_the_widest_row_holds_every_prompt(num_blocks, share):
     widths = []
     for prompt_length in range(16 * num_blocks):
         batch = make_batch([(16 * num_blocks, prompt_length)], 16, head_dim=1, select=share)
-        widths.append(batch.blocks.most_kept)
+        widths.append(batch.selection.most_kept)
     assert max(widths) == most_kept(num_blocks, share)

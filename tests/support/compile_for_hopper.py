@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Compiles the kernels for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
+"""Compiles every kernel for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
 
 import torch
-from kernel_cases import Table, make_batch
+from kernel_cases import make_batch, scattered_tables
+from paged_cases import make_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sparsed_vllm.kernels import hopper, hopper_scores
+from sparsed_vllm.kernels import (
+    block_scores,
+    block_sparse_attention,
+    choose_tokens,
+    dense_attention,
+    hopper,
+    hopper_scores,
+    noise,
+    select_blocks,
+    token_mass,
+)
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 
 class AbsentGpu:
@@ -24,6 +36,57 @@ class AbsentGpu:
         return 0
 
 
+def call_gluon():
+    for head_dim, dtype in ((64, torch.float16), (128, torch.bfloat16)):
+        batch = make_batch([(300, 200)], 128, head_dim=head_dim, dtype=dtype)
+        attend(batch, hopper.block_sparse_attention, tables_for(batch))
+        score(batch, hopper_scores.block_scores, lse_for(batch))
+
+
+def call_triton():
+    for block_size, head_dim, dtype in ((128, 128, torch.bfloat16), (16, 96, torch.float16)):
+        batch = make_batch([(300, 200)], block_size, head_dim=head_dim, dtype=dtype)
+        attend(batch, dense_attention.dense_attention)
+        attend(batch, block_sparse_attention.block_sparse_attention, tables_for(batch))
+        score(batch, block_scores.block_scores, lse_for(batch))
+        scores = score(batch, block_scores.block_scores, None)
+        of = (batch.layout, batch.selection)
+        select_blocks.select_blocks(*scores, *of, tables_for(batch))
+
+
+def call_choice():
+    logits, forbidden = torch.zeros(3, 9001), Forbidden(7)
+    drawn = Noise(*torch.arange(9).split(3))
+    noise.draw_uniform(drawn)
+    choose_tokens.choose_tokens(logits, Choice(confidence="margin"), forbidden, None)
+    early = Forbidden(7, torch.tensor([9000]), torch.tensor([True, False, True]))
+    choice = Choice(1.0, tempered=True, top_p=0.9, confidence="entropy")
+    choose_tokens.choose_tokens(logits.bfloat16(), choice, early, drawn)
+
+
+def call_mass():
+    for head_dim, dtype in ((128, torch.bfloat16), (96, torch.float16), (32, torch.float32)):
+        case = make_case([(300, 40)], heads=(4, 2), head_dim=head_dim, dtype=dtype)
+        token_mass.token_mass(**case.on("cpu"))
+
+
+def attend(batch, attention, *tables):
+    options = {"scale": 1.0, "return_lse": True}
+    attention(batch.q, batch.k, batch.v, batch.layout, *tables, **options)
+
+
+def score(batch, scores, lse):
+    return scores(batch.q, batch.k, lse, batch.layout, batch.selection, scale=1.0)
+
+
+def tables_for(batch):
+    return scattered_tables(batch, batch.selection.most_kept)
+
+
+def lse_for(batch):
+    return torch.zeros(batch.q.shape[1], batch.q.shape[0])
+
+
 def main():
     driver.set_active(AbsentGpu())
     launch = JITFunction.run
@@ -34,14 +97,10 @@ def main():
 
     JITFunction.run = compile_only
     hopper._num_multiprocessors = lambda device: 132
-    for head_dim, dtype in ((64, torch.float16), (128, torch.bfloat16)):
-        batch = make_batch([(300, 200)], 128, head_dim=head_dim, dtype=dtype)
-        table = Table.scattered(batch, batch.blocks.most_kept).to("cpu")
-        hopper.block_sparse_attention(
-            *(batch.q, batch.k, batch.v, batch.blocks, *table), scale=1.0, return_lse=True
-        )
-        lse = torch.zeros(batch.q.shape[1], batch.q.shape[0])
-        hopper_scores.block_scores(batch.q, batch.k, lse, batch.blocks, scale=1.0)
+    call_gluon()
+    call_triton()
+    call_choice()
+    call_mass()
     for kernel in kernels:
         assert kernel.asm["cubin"]
         print(kernel.asm["ptx"])

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Packed batches for the kernel tests, what float64 makes of them, and how far off is too far."""
+"""Batches for the kernel tests, what float64 makes of them, and how far off is too far.
+
+Sequences lie in any order in q, in another one in k and v, and between them rows of NaN, as a
+neighbour in a step may have: what a kernel reads or writes past a sequence's end shows.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
-from sparsed_vllm.kernels.layout import QueryBlocks, Span, Window
+from sparsed_vllm.kernels.layout import (
+    KEY_LEN,
+    PAGE,
+    PAGE_ROW,
+    BatchLayout,
+    BlockTables,
+    Placement,
+    Selection,
+    num_blocks,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run: compiled on a GPU, else in the interpreter."""
@@ -33,25 +47,66 @@ COMPILED = [
 """(block size, head size, type): every pair of sizes in a type of 16 bits, each size in float32."""
 
 
+NAN = float("nan")
+
+
 @dataclass(frozen=True)
 class Batch:
     q: Tensor
     k: Tensor
     v: Tensor
-    blocks: QueryBlocks
+    layout: BatchLayout
+    selection: Selection
     scale: float
 
     def to(self, device: str) -> "Batch":
         """Slices of one tensor there too, where copies of slices would be dense."""
         if self.q.device.type == device:
             return self
-        blocks = QueryBlocks.of(self.blocks.spans, self.blocks.block_size, device)
-        if blocks.has_windows:
-            q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
-            return replace(self, q=q, k=k, v=v, blocks=blocks)
         parts = (self.q, self.k, self.v)
         q, k, v = torch.cat(parts, 1).to(device).split([x.shape[1] for x in parts], dim=1)
-        return replace(self, q=q, k=k, v=v, blocks=blocks)
+        layout = replace(self.layout, columns=self.layout.columns.to(device))
+        selection = replace(self.selection, counts=self.selection.counts.to(device))
+        return Batch(q, k, v, layout, selection, self.scale)
+
+    @property
+    def sequences(self) -> list[Placement]:
+        return [sequence for _, sequence in self.layout.sequences()]
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of q of all sequences, one after another."""
+        return _joined([torch.arange(x.queries.start, x.queries.stop) for x in self.sequences])
+
+    @property
+    def tokens(self) -> Tensor:
+        """The rows of k and v of all sequences, one after another."""
+        return _joined([torch.arange(x.keys.start, x.keys.stop) for x in self.sequences])
+
+    def only(self, places: Sequence[int]) -> "Batch":
+        """These sequences alone, in this order, amid what the others left in q, k and v."""
+        tile, host = self.layout.tile, self.layout.host[:, places]
+        device = self.layout.columns.device
+        counts = np.ascontiguousarray(self.selection.host[:, places])
+        selection = Selection(counts, torch.from_numpy(counts).to(device))
+        return replace(self, layout=layout_of(tile, host, device), selection=selection)
+
+    def windows(self, windows: Sequence[tuple[int, int]]) -> "Batch":
+        """The query rows [start, end) of each sequence alone; start: first of a tile."""
+        host = self.layout.host.copy()
+        for column, (start, end) in zip(host.T, windows, strict=True):
+            column[:3] = column[0] + start, end - start, start
+        return replace(self, layout=layout_of(self.layout.tile, host, self.layout.columns.device))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+
+def layout_of(tile: int, host: Any, device: torch.device | str) -> BatchLayout:
+    """With the columns of `host` but the tiles, which are numbered anew."""
+    names = ("query_starts", "num_rows", "first_rows", "key_starts", "key_lens", "page_rows")
+    return BatchLayout.of(tile, device, **dict(zip(names, host[:6], strict=True)))
 
 
 def make_batch(
@@ -68,59 +123,94 @@ def make_batch(
 
     sizes: (length, prompt length) of each sequence; heads: of queries and of keys
     """
-    spans, first = [], 0
-    for length, prompt_length in sizes:
-        spans.append(Span(first, length, prompt_length, select))
-        first += length
-    fused = torch.randn(first, heads[0] + 2 * heads[1], head_dim)
+    lengths = [length for length, _ in sizes]
+    (q_starts, size), (k_starts, _) = scattered(lengths), scattered(lengths)
+    layout = BatchLayout.of(
+        block_size,
+        "cpu",
+        query_starts=q_starts,
+        num_rows=lengths,
+        first_rows=[0] * len(sizes),
+        key_starts=k_starts,
+        key_lens=lengths,
+        page_rows=torch.randperm(len(sizes) + 1)[: len(sizes)],
+    )
+    selection = Selection.of(layout, [prompt for _, prompt in sizes], [select] * len(sizes))
+    fused = torch.randn(size, heads[0] + 2 * heads[1], head_dim)
     fused[:, : heads[0]] *= spread
     q, k, v = fused.to(dtype).split([heads[0], heads[1], heads[1]], dim=1)
-    return Batch(q, k, v, QueryBlocks.of(spans, block_size, "cpu"), head_dim**-0.5)
+    batch = Batch(q, k, v, layout, selection, head_dim**-0.5)
+    for x, rows in ((q, batch.rows), (k, batch.tokens), (v, batch.tokens)):
+        x[others(rows, size)] = NAN
+    return batch
 
 
-def in_windows(batch: Batch, windows: Sequence[tuple[int, int]]) -> tuple[Batch, Tensor, Tensor]:
-    """`batch` with the queries of each sequence's tokens [start, end) alone, laid end to end.
-
-    Returns it, which of all rows of q those are, and which of all query blocks.
-    """
-    spans, rows, blocks, size = [], [], [], batch.blocks.block_size
-    for (span, places), (start, end) in zip(batch.blocks.by_span(), windows, strict=True):
-        spans.append(replace(span, window=Window(len(rows), start, end)))
-        rows += range(span.first + start, span.first + end)
-        blocks += range(places.start + start // size, places.start - (-end // size))
-    narrow = QueryBlocks.of(spans, size, batch.blocks.starts.device)
-    q = batch.q[rows]
-    return replace(batch, q=q, blocks=narrow), torch.tensor(rows), torch.tensor(blocks)
+def scattered(lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Where sequences begin that lie in random order, a few rows apart; and the rows of all."""
+    starts, end = [0] * len(lengths), 3
+    for place in torch.randperm(len(lengths)).tolist():
+        starts[place] = end
+        end += lengths[place] + 3 + place % 2
+    return starts, 3 + sum(lengths) + 4 * len(lengths)
 
 
-def logits_of(batch: Batch, span: Span) -> Tensor:
-    """Float64 [num_heads, length, length], on DEVICE"""
-    tokens = slice(span.first, span.first + span.length)
-    q, k = (x[tokens].to(DEVICE).double() for x in (batch.q, batch.k))
+def others(rows: Tensor, size: int) -> Tensor:
+    """bool [size], all but `rows`"""
+    outside = torch.ones(size, dtype=torch.bool)
+    outside[rows] = False
+    return outside
+
+
+def logits_of(batch: Batch, sequence: Placement) -> Tensor:
+    """Float64 [num_heads, rows, keys], on DEVICE"""
+    q, k = batch.q[sequence.queries].to(DEVICE).double(), batch.k[sequence.keys].to(DEVICE).double()
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return batch.scale * torch.einsum("qhd,khd->hqk", q, k)
 
 
-def exact_attention(
-    batch: Batch, visible: dict[Span, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and log-sum-exp in float64, at all places of a sequence or the visible ones.
+def exact_attention(batch: Batch, visible: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp in float64, at all keys of a sequence or the visible ones.
 
-    visible: bool [num_heads, length, length] of each sequence
+    visible: bool [num_heads, rows, keys] of each sequence
+    Returns the rows of all sequences one after another, in the layout's order.
     """
-    out = torch.zeros(batch.q.shape, dtype=torch.float64)
-    lse = torch.zeros(batch.q.shape[1::-1], dtype=torch.float64)
-    for span in batch.blocks.spans:
-        tokens = slice(span.first, span.first + span.length)
-        logits = logits_of(batch, span)
+    outs = [torch.empty(0, *batch.q.shape[1:], dtype=torch.float64)]
+    masses = [torch.empty(batch.q.shape[1], 0, dtype=torch.float64)]
+    for place, sequence in enumerate(batch.sequences):
+        logits = logits_of(batch, sequence)
         if visible is not None:
-            logits = logits.masked_fill(~visible[span].to(DEVICE), float("-inf"))
-        v = batch.v[tokens].to(DEVICE).double()
+            logits = logits.masked_fill(~visible[place].to(DEVICE), float("-inf"))
+        v = batch.v[sequence.keys].to(DEVICE).double()
         v = v.repeat_interleave(len(logits) // v.shape[1], dim=1)
         weights = logits.softmax(-1).nan_to_num(nan=0.0)  # rows that see nothing
-        out[tokens] = torch.einsum("hqk,khd->qhd", weights, v)
-        lse[:, tokens] = logits.logsumexp(-1)
-    return out, lse
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v).cpu())
+        masses.append(logits.logsumexp(-1).cpu())
+    return torch.cat(outs), torch.cat(masses, 1)
+
+
+def run_attention(
+    batch: Batch, attend: Callable[..., Any], *tables: BlockTables, device: str = DEVICE
+) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp of the sequences' rows, one sequence after another.
+
+    Into memory full of NaN, which stays where no sequence is.
+    """
+    batch = batch.to(device)
+    out = torch.full_like(batch.q, NAN)
+    result, lse = attend(
+        batch.q,
+        batch.k,
+        batch.v,
+        batch.layout,
+        *(tables_on(device, each) for each in tables),
+        scale=batch.scale,
+        out=out,
+        return_lse=True,
+    )
+    assert result is out
+    assert out[others(batch.rows, len(out)).to(device)].isnan().all()
+    rows = batch.rows.to(device)
+    return out[rows], lse[:, rows]
 
 
 def assert_within_rounding(actual: Tensor, exact: Tensor, twin: Tensor) -> None:
@@ -138,88 +228,111 @@ def _ulp(actual: Tensor, exact: Tensor) -> Tensor:
     return torch.finfo(actual.dtype).eps * exact.abs().max()
 
 
-@dataclass(frozen=True)
-class Table:
-    """Lists of key blocks as vLLM's pages hold them: rows far apart, with others' data between."""
+def scattered_tables(
+    batch: Batch, width: int, dtype: torch.dtype = torch.int16, poison: int = 32767
+) -> BlockTables:
+    """Tables that hold `poison` everywhere, in random pages, for every token of the sequences.
 
-    kept: Tensor  # [num_rows, num_heads, width]
-    num_kept: Tensor  # int32 [num_rows, num_heads]
-    rows: Tensor  # int64 [num_blocks]
-
-    @classmethod
-    def scattered(
-        cls, batch: Batch, width: int, dtype: torch.dtype = torch.int16, poison: int = 32767
-    ) -> "Table":
-        """A table that holds `poison` everywhere, for query blocks in random rows."""
-        num_heads, num_blocks = batch.q.shape[1], batch.blocks.num_blocks
-        kept = torch.full((2 * num_blocks + 3, num_heads, width), poison, dtype=dtype)
-        num_kept = torch.full(kept.shape[:2], poison, dtype=torch.int32)
-        return cls(kept, num_kept, torch.randperm(kept.shape[0])[:num_blocks])
-
-    def to(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernels take; copies, so that each writes its own."""
-        kept, num_kept, rows = (x.to(device, copy=True) for x in vars(self).values())
-        return kept, num_kept, rows
-
-    def mask(self, max_key_blocks: int) -> Tensor:
-        """bool [num_heads, num_blocks, max_key_blocks] which blocks the lists name."""
-        kept, counts = self.kept[self.rows].long(), self.num_kept[self.rows, :, None]
-        listed = torch.arange(kept.shape[2]) < counts
-        mask = torch.zeros(*kept.shape[:2], max_key_blocks + 1, dtype=torch.bool)
-        mask.scatter_(2, kept.where(listed, max_key_blocks), True)
-        return mask[:, :, :max_key_blocks].transpose(0, 1)
-
-    def write(self, masks: Tensor) -> None:
-        """Lists what bool [num_heads, num_blocks, key blocks] names."""
-        for head, block in [(h, b) for h in range(masks.shape[0]) for b in range(masks.shape[1])]:
-            ids, row = masks[head, block].nonzero().flatten(), self.rows[block]
-            self.kept[row, head, : len(ids)] = ids.to(self.kept.dtype)
-            self.num_kept[row, head] = len(ids)
+    Of more heads than these, as where a kernel works on some of them.
+    """
+    host, num_heads = batch.layout.host, batch.q.shape[1]
+    lengths = [num_blocks(length, PAGE) for length in host[KEY_LEN].tolist()]
+    pages = torch.full((int(host[PAGE_ROW].max(initial=0)) + 2, max(lengths, default=0) + 1), 10**9)
+    free = torch.randperm(2 * sum(lengths) + 3).split([*lengths, sum(lengths) + 3])
+    for row, own in zip(host[PAGE_ROW].tolist(), free, strict=False):
+        pages[row, : len(own)] = own
+    shape = (2 * sum(lengths) + 3, PAGE // batch.layout.tile, num_heads + 3, width)
+    kept = torch.full(shape, poison, dtype=dtype)
+    num_kept = torch.full(shape[:3], poison, dtype=dtype)
+    heads = slice(1, num_heads + 1)
+    return BlockTables(kept[:, :, heads], num_kept[:, :, heads], pages.int())
 
 
-def visible_places(batch: Batch, mask: Tensor) -> dict[Span, Tensor]:
-    """mask [num_heads, num_blocks, key blocks] -> bool [num_heads, length, length] of each."""
-    size, visible = batch.blocks.block_size, {}
-    for span, places in batch.blocks.by_span():
-        blocks = mask[:, places].repeat_interleave(size, 1).repeat_interleave(size, 2)
-        visible[span] = blocks[:, : span.length, : span.length]
+def tables_on(device: str, tables: BlockTables) -> BlockTables:
+    """Copies with heads between others', too, so that each kernel writes its own."""
+    kept, num_kept = (
+        torch.cat([x[:, :, :1], x, x[:, :, :1]], 2).to(device)[:, :, 1:-1]
+        for x in (tables.kept, tables.num_kept)
+    )
+    return BlockTables(kept, num_kept, tables.pages.to(device))
+
+
+def listed(batch: Batch, tables: BlockTables) -> Tensor:
+    """bool [num_heads, num_tiles, max_key_blocks], which blocks the lists name"""
+    layout = batch.layout
+    mask = torch.zeros(batch.q.shape[1], layout.num_tiles, layout.max_key_blocks, dtype=torch.bool)
+    for head, tile, page, row in _rows_of(batch, tables):
+        count = int(tables.num_kept[page, row, head])
+        mask[head, tile, tables.kept[page, row, head, :count].long()] = True
+    return mask
+
+
+def write_lists(batch: Batch, tables: BlockTables, mask: Tensor) -> None:
+    """Lists what bool [num_heads, num_tiles, key blocks] names."""
+    for head, tile, page, row in _rows_of(batch, tables):
+        ids = mask[head, tile].nonzero().flatten()
+        tables.kept[page, row, head, : len(ids)] = ids.to(tables.kept.dtype)
+        tables.num_kept[page, row, head] = len(ids)
+
+
+def _rows_of(batch: Batch, tables: BlockTables) -> list[tuple[int, int, int, int]]:
+    """(head, tile, page, row in it) of every list of the batch."""
+    return [
+        (head, tile, int(page), int(row))
+        for sequence in batch.sequences
+        for tile, (page, row) in enumerate(
+            zip(*tables.rows(sequence), strict=True), sequence.tile_start
+        )
+        for head in range(batch.q.shape[1])
+    ]
+
+
+def visible_places(batch: Batch, mask: Tensor) -> list[Tensor]:
+    """mask [num_heads, num_tiles, key blocks] -> bool [num_heads, rows, keys] of each sequence."""
+    size, visible = batch.layout.tile, []
+    for sequence in batch.sequences:
+        tiles = slice(
+            sequence.tile_start, sequence.tile_start + num_blocks(sequence.num_rows, size)
+        )
+        blocks = mask[:, tiles].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        visible.append(blocks[:, : sequence.num_rows, : sequence.key_len])
     return visible
-
-
-def run_sparse(
-    batch: Batch, table: Table, attend: Callable[..., Any], device: str = DEVICE
-) -> tuple[Tensor, Tensor]:
-    """Attention over the table's lists and its log-sum-exp, into memory full of NaN."""
-    batch = batch.to(device)
-    out = torch.full_like(batch.q, float("nan"))
-    options = {"scale": batch.scale, "out": out, "return_lse": True}
-    result, lse = attend(batch.q, batch.k, batch.v, batch.blocks, *table.to(device), **options)
-    assert result is out
-    return result, lse
 
 
 def check_sparse(batch: Batch, mask: Tensor, attend: Callable[..., Any], **options: Any) -> None:
     """`attend` over the blocks that `mask` names, and its twin, against float64."""
-    table = table_of(batch, mask, **options)
+    tables = tables_of(batch, mask, **options)
     for actual, exact, twin in zip(
-        run_sparse(batch, table, attend),
+        run_attention(batch, attend, tables),
         exact_attention(batch, visible_places(batch, mask)),
-        run_sparse(batch, table, reference.block_sparse_attention, "cpu"),
+        run_attention(batch, reference.block_sparse_attention, tables, device="cpu"),
         strict=True,
     ):
         assert_within_rounding(actual, exact, twin)
 
 
 def random_mask(batch: Batch, share: float) -> Tensor:
-    """bool [num_heads, num_blocks, max_key_blocks], each block of a sequence with odds `share`."""
-    blocks = batch.blocks
-    mask = torch.rand(batch.q.shape[1], blocks.num_blocks, blocks.max_key_blocks) < share
-    num_key_blocks = -(-blocks.lengths // blocks.block_size)
-    return mask & (torch.arange(blocks.max_key_blocks) < num_key_blocks[:, None])
+    """bool [num_heads, num_tiles, max_key_blocks], each block of a sequence with odds `share`."""
+    layout = batch.layout
+    mask = torch.rand(batch.q.shape[1], layout.num_tiles, layout.max_key_blocks) < share
+    return mask & existing(batch)
 
 
-def table_of(batch: Batch, mask: Tensor, **options: Any) -> Table:
+def existing(batch: Batch) -> Tensor:
+    """bool [num_tiles, max_key_blocks], which key blocks each tile's sequence has"""
+    size, layout = batch.layout.tile, batch.layout
+    mask = torch.zeros(layout.num_tiles, layout.max_key_blocks, dtype=torch.bool)
+    for sequence in batch.sequences:
+        tiles = slice(
+            sequence.tile_start, sequence.tile_start + num_blocks(sequence.num_rows, size)
+        )
+        mask[tiles, : num_blocks(sequence.key_len, size)] = True
+    return mask
+
+
+def tables_of(batch: Batch, mask: Tensor, **options: Any) -> BlockTables:
     """The rest of each row names blocks that do not exist: it must not be read."""
-    table = Table.scattered(batch, int(mask.sum(-1).max()) + 2, **options)
-    table.write(mask)
-    return table
+    most = max(mask.sum(-1).flatten().tolist(), default=0)
+    tables = scattered_tables(batch, most + 2, **options)
+    write_lists(batch, tables, mask)
+    return tables

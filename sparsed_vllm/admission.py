@@ -3,6 +3,7 @@
 """What a request must look like to be served; checked before it costs anything."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 
 import msgspec
@@ -12,11 +13,14 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from sparsed_vllm import reuse
 from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_sparsity
-from sparsed_vllm.families import FAMILIES
 from sparsed_vllm.kernels.layout import most_kept, num_blocks
 from sparsed_vllm.limits import Limits
+from sparsed_vllm.models.registry import MODELS
 from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params, shown
+from sparsed_vllm.reuse import ReuseConfig, choose_reuse
+from sparsed_vllm.steps import Plan
 
 BACKEND_NAME = "SPARSED"
 """Our attention backend, as vLLM's registry and `--attention-backend` know it."""
@@ -59,8 +63,9 @@ _INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "stream_in
 _REMEDIES = {
     "prompt_logprobs": "Places are filled from both sides: a prompt has no probability token by "
     "token. Leave it out, or leave out echo, which asks for it beside logprobs.",
-    "structured_outputs": "A grammar is followed left to right, places are not filled so. "
-    "Leave out response_format and structured_outputs.",
+    "structured_outputs": "A grammar is followed left to right, places are not filled so. Leave "
+    'out response_format and structured_outputs, and use tool_choice "auto" or "none": "required" '
+    "and a named tool make a grammar.",
 }
 
 
@@ -69,16 +74,27 @@ class RequestReader:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.model_config = vllm_config.model_config
-        self.family = FAMILIES[self.model_config.architecture]
+        self.family = MODELS[self.model_config.architecture].family
         self.sparse_config = sparse_config_of(vllm_config)
+        self.reuse_config = reuse_config_of(vllm_config)
         self.limits = Limits.of(vllm_config.additional_config)
 
-    def read(
-        self, params: SamplingParams, num_prompt_tokens: int
-    ) -> tuple[DenoisingParams, Sparsity | None]:
-        """How to denoise, and how sparse (None: dense). Raises BadRequest."""
-        assert params.max_tokens is not None, "vLLM fills it in at admission"
+    def plan(self, params: SamplingParams, prompt_len: int) -> Plan:
+        """The steps that a request asks for. Raises BadRequest."""
         extra_args = params.extra_args or {}
+        denoising = self._denoising(params, extra_args)
+        length = prompt_len + denoising.num_tokens
+        sparsity = choose_sparsity(self.sparse_config, extra_args, length)
+        plan = Plan(denoising, sparsity, prompt_len, shift=int(self.family.shifts_logits))
+        if sparsity is not None:
+            self._check_table(sparsity, length)
+        chosen = choose_reuse(self.reuse_config, extra_args, plan.num_steps)
+        return replace(plan, reuse=chosen)
+
+    def _denoising(
+        self, params: SamplingParams, extra_args: Mapping[str, object]
+    ) -> DenoisingParams:
+        assert params.max_tokens is not None, "vLLM fills it in at admission"
         if not isinstance(extra_args, Mapping):
             raise BadRequest("extra_args", extra_args, "a mapping", "Its keys are parameters.")
         self.limits.check_fields(extra_args)
@@ -90,18 +106,14 @@ class RequestReader:
             top_k=params.top_k,
             ignore_eos=params.ignore_eos,
             extra_args=extra_args,
-            also_known=REQUEST_FIELDS,
+            also_known=REQUEST_FIELDS | reuse.REQUEST_FIELDS,
             min_tokens=params.min_tokens,
             stop_tokens=self._stop_tokens(params),
             logprobs=params.logprobs,
             max_steps=self.limits.max_steps,
         )
         self.limits.check_threshold(denoising)
-        length = num_prompt_tokens + params.max_tokens
-        sparsity = choose_sparsity(self.sparse_config, extra_args, length)
-        if sparsity is not None:
-            self._check_table(sparsity, length)
-        return denoising, sparsity
+        return denoising
 
     def _stop_tokens(self, params: SamplingParams) -> list[int]:
         """EOS and the request's own, as far as the model knows them; not all that it knows."""
@@ -118,15 +130,15 @@ class RequestReader:
         return stops
 
     def _check_table(self, sparsity: Sparsity, length: int) -> None:
-        """A request's table must fit the memory that was set aside for its tokens."""
+        """A request's rows of ids must fit those that its pages have."""
         assert self.sparse_config is not None
         ids = most_kept(num_blocks(length, sparsity.block_size), sparsity.select)
         limit = self.sparse_config.table_ids
-        if ids > limit * sparsity.block_size:
+        if ids > limit * sparsity.block_size - 1:  # one entry is the count
             raise BadRequest(
                 "sparsed_block_size",
                 sparsity.block_size,
-                f"large enough to keep at most {limit} key blocks a token: with select "
+                f"large enough to keep less than {limit} key blocks a token: with select "
                 f"{sparsity.select} and {length} tokens it keeps {ids} a block",
                 "Use larger blocks or a smaller sparsed_select, or raise sparsed.table_ids.",
             )
@@ -138,6 +150,13 @@ def sparse_config_of(vllm_config: VllmConfig) -> SparseConfig | None:
     if backend is not None and backend.name != BACKEND_NAME:
         return None
     return SparseConfig.of(vllm_config.additional_config)
+
+
+def reuse_config_of(vllm_config: VllmConfig) -> ReuseConfig | None:
+    """The engine's settings for reuse; None if it has none, or the user named another backend."""
+    if sparse_config_of(vllm_config) is None:
+        return None
+    return ReuseConfig.of(vllm_config.additional_config)
 
 
 class RequestRefused(VLLMValidationError, ValueError):
@@ -166,7 +185,7 @@ def check_request(
         # First the length: what is read afterwards takes time in proportion to it.
         _settle_length(reader, request.sampling_params, asked)
         _check_prompt(reader.model_config, prompt, request.sampling_params)
-        reader.read(request.sampling_params, len(prompt))
+        reader.plan(request.sampling_params, len(prompt))
     except BadRequest as error:
         raise RequestRefused(error) from error
 
@@ -212,10 +231,10 @@ def _check_served(params: SamplingParams) -> None:
         if field.name.startswith("_") or field.name in SERVED_FIELDS:
             continue
         value = getattr(params, field.name)
-        if value is not None and value != field.default and value != []:
+        if value is not None and value != field.default and value not in ([], {}, ()):
             raise BadRequest(
                 field.name,
-                value,
+                "a grammar" if field.name == "structured_outputs" else value,
                 f"absent or {field.default} for a diffusion language model",
                 _REMEDIES.get(field.name, "Denoising does not use it; leave it out."),
             )

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The attention backend `SPARSED`: vLLM's tensors in, kernels.api called, sequence by sequence.
+"""The attention backend `SPARSED`: a layer's q, k and v in, one kernel's call a launch out.
 
-Every step computes a sequence whole, so keys and values come straight from the projection; pages
-are neither written nor read.
+One launch serves all sequences of a step that attend to everything, one all that record a table,
+and one all that follow theirs, for each block size among them (metadata.py). Keys and values come
+straight from the projection and, in light steps, from pages for what they do not compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -30,14 +26,26 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sparsed_vllm.admission import BACKEND_NAME
+from sparsed_vllm.batch import DenoisingBatch, RowWindows
+from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
-from sparsed_vllm.pattern import Pattern
-from sparsed_vllm.phases import Phase
-from sparsed_vllm.windows import Windows
+from sparsed_vllm.kernels.layout import (
+    NUM_ROWS,
+    PAGE,
+    PAGE_ROW,
+    QUERY_START,
+    BatchLayout,
+    BlockTables,
+    Selection,
+    num_blocks,
+)
+from sparsed_vllm.metadata import Launch, SparsedMetadata, plan_launches
+from sparsed_vllm.pages import PageLayout, gather_pages
+from sparsed_vllm.steps import Source
 
 logger = init_logger("vllm.sparsed.attention")
 
-_DENSE_ROWS = 64  # query rows that the dense kernels without FlashAttention work on together
+_SCORES_BYTES = 1 << 29  # of block scores at once; heads that do not fit wait for the others
 
 
 def load_backend(name: str = BACKEND_NAME) -> AttentionBackendEnum:
@@ -52,77 +60,23 @@ def load_backend(name: str = BACKEND_NAME) -> AttentionBackendEnum:
     return AttentionBackendEnum[name]
 
 
-@dataclass(frozen=True)
-class Pack:
-    """Consecutive sequences in a tensor of a step.
+class LayerStep(NamedTuple):
+    """A layer's part of a step.
 
-    rows: theirs in it
-    cu_seqlens int32 [num_sequences + 1]: where each begins within `rows`, on the device
-    lengths: their numbers of rows
+    q, out [rows, num_heads, head_size];  k, v [tokens, num_kv_heads, head_size]
+    cache: the layer's pages, as vLLM allocates them
     """
 
-    rows: slice
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
-
-    @property
-    def starts(self) -> list[int]:
-        """cu_seqlens on the host."""
-        return list(accumulate(self.lengths, initial=0))
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: Tensor
+    metadata: SparsedMetadata
+    out: Tensor
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive sequences that attend to everything, in one call.
-
-    windows: the tokens of each whose queries there are
-    """
-
-    queries: Pack
-    keys: Pack
-    windows: tuple[slice, ...]
-
-    @cached_property
-    def blocks(self) -> api.QueryBlocks:
-        """The run as our own kernels want it; all layers of a step share it."""
-        windows = [
-            api.Window(row, window.start, window.stop)
-            for row, window in zip(self.queries.starts, self.windows, strict=False)
-        ]
-        spans = [
-            api.Span(start, length, 0, window=window)
-            for start, length, window in zip(
-                self.keys.starts, self.keys.lengths, windows, strict=False
-            )
-        ]
-        return api.QueryBlocks.of(spans, _DENSE_ROWS, self.keys.cu_seqlens.device)
-
-
-@dataclass(frozen=True)
-class Follower:
-    """One sequence that attends to the key blocks of its table.
-
-    blocks: its query blocks that q holds;  rows int64 [blocks.num_blocks]: theirs in the table
-    """
-
-    queries: slice
-    tokens: slice
-    pattern: Pattern
-    blocks: api.QueryBlocks
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class SparsedMetadata:
-    """How the sequences of a step attend.
-
-    narrowed: the same for queries of the step's windows alone; None if it has none
-    """
-
-    dense: tuple[Run, ...]
-    recording: tuple[tuple[Run, Pattern], ...]  # one sequence each
-    sparse: tuple[Follower, ...]
-    narrowed: SparsedMetadata | None = None
+Noted = tuple[Launch, Tensor | None]
+"""A launch and the log-sum-exp of its rows, float32 [num_heads, rows], where it is needed."""
 
 
 class SparsedBackend(AttentionBackend):
@@ -130,7 +84,7 @@ class SparsedBackend(AttentionBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(api.DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
-    forward_includes_kv_cache_update = True  # there is none: pages are not read
+    forward_includes_kv_cache_update = True  # of the requests that reuse keys and values
 
     @staticmethod
     def get_name() -> str:
@@ -146,7 +100,7 @@ class SparsedBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        return [PAGE]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -160,100 +114,34 @@ class SparsedBackend(AttentionBackend):
 class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
     """Sorts the sequences of a step by how they attend."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # vLLM declares it abstract
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], *args: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, *args)
+        dtype = self.vllm_config.model_config.dtype
+        self.with_flash = flash_attention(self.device.type, dtype) is not None
+        self.gathered_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        patterns: Sequence[tuple[Phase, Pattern | None]] = (),
-        windows: Windows | None = None,
+        batch: DenoisingBatch | None = None,
+        windows: RowWindows | None = None,
     ) -> SparsedMetadata:
-        """patterns: each sequence's phase and table; none for vLLM's dummy batches.
+        """batch: None for vLLM's dummy batches, which attend to everything
 
-        windows: the rows that the last layer may do with; None: all
+        windows: the rows that the last layer computes; None: all
         """
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        patterns = patterns or [(Phase.DENSE, None)] * (len(starts) - 1)
-        return sort_sequences(common_attn_metadata.query_start_loc, starts, patterns, windows)
-
-
-def sort_sequences(
-    cu_seqlens: Tensor,
-    starts: Sequence[int],
-    patterns: Sequence[tuple[Phase, Pattern | None]],
-    windows: Windows | None = None,
-) -> SparsedMetadata:
-    """cu_seqlens int32 [num_sequences + 1]: where each begins;  starts: the same on the host
-
-    patterns, windows: as in SparsedMetadataBuilder.build
-    """
-    tokens = _Packs(cu_seqlens, starts)
-    whole = [slice(0, end - start) for start, end in pairwise(starts)]
-    metadata = _Sequences(tokens, tokens, whole).sort(patterns)
-    if windows is None:
-        return metadata
-    queries = _Packs(windows.cu_rows, windows.starts)
-    return replace(metadata, narrowed=_Sequences(queries, tokens, windows.of).sort(patterns))
-
-
-@dataclass(frozen=True)
-class _Packs:
-    """Where the sequences of a step begin in a tensor, on the device and on the host."""
-
-    cu_seqlens: Tensor
-    starts: Sequence[int]
-
-    def of(self, first: int, end: int) -> Pack:
-        """Sequences [first, end)."""
-        starts = self.starts[first : end + 1]
-        cu_seqlens = self.cu_seqlens[first : end + 1]
-        if starts[0]:
-            cu_seqlens = cu_seqlens - starts[0]
-        lengths = tuple(b - a for a, b in pairwise(starts))
-        return Pack(slice(starts[0], starts[-1]), cu_seqlens, lengths)
-
-    def rows(self, i: int) -> slice:
-        return slice(self.starts[i], self.starts[i + 1])
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """The sequences of a step; windows: the tokens of each whose queries there are."""
-
-    queries: _Packs
-    keys: _Packs
-    windows: Sequence[slice]
-
-    def sort(self, patterns: Sequence[tuple[Phase, Pattern | None]]) -> SparsedMetadata:
-        """patterns: each sequence's phase and table"""
-        dense: list[Run] = []
-        recording, sparse = [], []
-        first = 0
-        for i, (phase, pattern) in enumerate(patterns):
-            if pattern is None:
-                continue
-            dense += self._runs(first, i)
-            first = i + 1
-            if phase is Phase.SPARSE:
-                sparse.append(self._follower(i, pattern))
-            else:
-                recording += [(run, pattern) for run in self._runs(i, i + 1)]
-        dense += self._runs(first, len(patterns))
-        return SparsedMetadata(tuple(dense), tuple(recording), tuple(sparse))
-
-    def _runs(self, first: int, end: int) -> list[Run]:
-        """Sequences [first, end) as one run; none if there is no token in them."""
-        if self.keys.starts[first] == self.keys.starts[end]:
-            return []
-        windows = tuple(self.windows[first:end])
-        return [Run(self.queries.of(first, end), self.keys.of(first, end), windows)]
-
-    def _follower(self, i: int, pattern: Pattern) -> Follower:
-        tokens = (self.queries.rows(i), self.keys.rows(i))
-        return Follower(*tokens, pattern, *pattern.within(self.windows[i]))
+        starts = common_attn_metadata.query_start_loc_cpu.numpy()
+        pages = common_attn_metadata.block_table_tensor
+        return plan_launches(
+            starts,
+            pages,
+            batch,
+            windows,
+            with_flash=self.with_flash,
+            gathered_tokens=self.gathered_tokens,
+        )
 
 
 class SparsedImpl(AttentionImpl):
@@ -269,15 +157,26 @@ class SparsedImpl(AttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
-        scoring_scale: float | None = None,
+        *,
+        pages: PageLayout,
+        max_num_tokens: int,
+        max_model_len: int,
+        notes_mass: bool = True,
     ) -> None:
-        """scoring_scale: of block scores, where it is not the attention's own (parity tests)."""
+        """pages: what the layer's pages hold;  max_*: of a step and of a sequence
+
+        notes_mass: whether the layer's attention has a say in what light steps compute
+        """
         assert not (alibi_slopes or sliding_window or logits_soft_cap), "no model of ours has it"
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
-        self.scoring_scale = scoring_scale
+        self.pages = pages
+        self.max_num_tokens = max_num_tokens
+        self.max_model_len = max_model_len
+        self.notes_mass = notes_mass
+        self._tables: dict[tuple[int, int], BlockTables] = {}
 
     def forward(
         self,
@@ -293,128 +192,190 @@ class SparsedImpl(AttentionImpl):
     ) -> Tensor:
         """query, output [rows, num_heads, head_size]; key, value [tokens, num_kv_heads, ...]
 
-        With fewer rows than tokens these are the rows of the step's windows. The caller's own
-        shapes tell, so that a layer may always ask for all, whatever the step's windows are.
+        Where a kernel of a table fails, the step is run again sequence by sequence, so that only
+        those fail for which it does.
         """
         if attn_metadata is None:  # memory profiling
+            self._hold_scores(query)
             return output.zero_()
-        if query.shape[0] < key.shape[0]:
-            assert attn_metadata.narrowed is not None
-            attn_metadata = attn_metadata.narrowed
-        index = extract_layer_index(layer.layer_name)
-        for run in attn_metadata.dense:
-            self._dense(query, key, value, run, output)
-        for run, pattern in attn_metadata.recording:
-            with _confined_to(output[run.queries.rows]):
-                self._record(query, key, value, run, pattern, index, output)
-        for follower in attn_metadata.sparse:
-            with _confined_to(output[follower.queries]):
-                self._follow(query, key, value, follower, index, output)
+        step = LayerStep(query, key, value, kv_cache, attn_metadata, output)
+        try:
+            self.attend(step)
+        except AssertionError:
+            raise
+        except Exception:
+            logger.exception("Attention failed; it is tried again request by request.")
+            self._attend_one_by_one(step)
         return output
 
-    def _follow(
-        self, q: Tensor, k: Tensor, v: Tensor, follower: Follower, layer: int, out: Tensor
-    ) -> None:
-        """Attend to the key blocks that the follower's table lists."""
-        kept, num_kept, _ = follower.pattern.of_layer(layer)
-        api.block_sparse_attention(
-            q[follower.queries],
-            k[follower.tokens],
-            v[follower.tokens],
-            follower.blocks,
-            kept,
-            num_kept,
-            follower.rows,
-            scale=self.scale,
-            out=out[follower.queries],
-        )
+    def attend(self, step: LayerStep) -> None:
+        """Attention of all sequences of a step; raises what a kernel raises."""
+        fresh, noted = self._attend_to_all(step)
+        for launch in step.metadata.tables:
+            noted.append((launch, self._use_tables(step, launch, fresh)))
+        self._note_mass(step, noted)
 
-    def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, return_lse: bool = False
-    ) -> Tensor | None:
-        """Attend to everything; returns the log-sum-exp, float32 [num_heads, the run's queries]."""
-        attend = dense_kernel(q.device.type, q.dtype)
-        q, out = (x[run.queries.rows] for x in (q, out))
-        k, v = (x[run.keys.rows] for x in (k, v))
-        return attend(q, k, v, run, self.scale, out, return_lse)
+    def _attend_one_by_one(self, step: LayerStep) -> None:
+        """The same, where what goes wrong with one request's table ends that request only.
+
+        Its output becomes NaN and so do its logits, on all ranks, for which the scheduler ends it.
+        A device that has failed as a whole raises again here, and the engine stops.
+        """
+        fresh, noted = self._attend_to_all(step)
+        for launch in step.metadata.tables:
+            for seq in range(launch.layout.num_seqs):
+                one = launch.only(seq)
+                try:
+                    noted.append((one, self._use_tables(step, one, fresh)))
+                except AssertionError:
+                    raise
+                except Exception:
+                    logger.exception("The attention of one request failed; the others go on.")
+                    self._fail(step, one.layout)
+        self._note_mass(step, noted)
+
+    def _attend_to_all(self, step: LayerStep) -> tuple[Tensor | None, list[Noted]]:
+        """Dense attention; returns the log-sum-exp over the step's own keys, if a table needs it,
+        and each launch with its own.
+
+        Keys and values are kept before anything attends.
+        """
+        if step.metadata.writes is not None:
+            # What stays in a page behind its last sequence's end is weighed with 0: never NaN.
+            step.v.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            pages = self.pages
+            keys, values = pages.keys(step.cache), pages.values(step.cache)
+            step.metadata.writes.write(step.k, step.v, keys, values)
+        records = any(launch.selection is not None for launch in step.metadata.tables)
+        fresh, noted = None, []
+        for launch in step.metadata.dense:
+            is_fresh = launch.kind.source is Source.FRESH
+            return_lse = self._notes(launch) or (records and is_fresh)
+            lse = self._attend_densely(step, launch, return_lse)
+            noted.append((launch, lse))
+            fresh = lse if is_fresh else fresh
+        return fresh, noted
+
+    def _attend_densely(self, step: LayerStep, launch: Launch, return_lse: bool) -> Tensor | None:
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "out": step.out,
+            "return_lse": return_lse,
+        }
+        if launch.packed is not None:
+            flash = flash_attention(step.q.device.type, step.q.dtype)
+            assert flash is not None
+            k, v = step.k, step.v
+            if launch.packed.keys is None:
+                k, v = self.pages.keys(step.cache), self.pages.values(step.cache)
+            return flash(step.q, k, v, launch.packed, **options)
+        result = api.dense_attention(step.q, *self._keys_of(step, launch), launch.layout, **options)
+        return result[1] if return_lse else None
+
+    def _keys_of(self, step: LayerStep, launch: Launch) -> tuple[Tensor, Tensor]:
+        """Keys and values as a launch's layout finds them."""
+        if launch.page_ids is None:
+            return step.k, step.v
+        halves = self.pages.keys(step.cache), self.pages.values(step.cache)
+        k, v = (gather_pages(half, launch.page_ids) for half in halves)
+        return k, v
+
+    def _use_tables(self, step: LayerStep, launch: Launch, lse: Tensor | None) -> Tensor | None:
+        """Record the sequences' tables, or attend to what they list.
+
+        Returns the log-sum-exp over listed keys, where it is noted.
+        """
+        tables = self.tables_of(step.cache, step.metadata.pages, launch.layout.tile)
+        if launch.selection is not None:
+            assert lse is not None
+            self._record(step, launch.layout, launch.selection, lse, tables)
+            return None
+        k, v = self._keys_of(step, launch)
+        return_lse = self._notes(launch)
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "out": step.out,
+            "return_lse": return_lse,
+        }
+        result = api.block_sparse_attention(step.q, k, v, launch.layout, tables, **options)
+        return result[1] if return_lse else None
 
     def _record(
-        self, q: Tensor, k: Tensor, v: Tensor, run: Run, pattern: Pattern, layer: int, out: Tensor
+        self,
+        step: LayerStep,
+        layout: BatchLayout,
+        selection: Selection,
+        lse: Tensor,
+        tables: BlockTables,
     ) -> None:
-        """Attend to everything, and note in `pattern` which key blocks mattered.
+        """Write the sequences' tables, as many heads at once as their scores have room for."""
+        group = self.num_heads // self.num_kv_heads
+        size = self._kv_heads_at_once(layout.num_tiles, layout.max_key_blocks)
+        for first in range(0, self.num_kv_heads, size):
+            keys = slice(first, first + size)
+            heads = slice(first * group, (first + size) * group)
+            part = BlockTables(tables.kept[:, :, heads], tables.num_kept[:, :, heads], tables.pages)
+            q, k = step.q[:, heads], step.k[:, keys]
+            scores = api.block_scores(q, k, lse[heads], layout, selection, scale=self.scale)
+            api.select_blocks(*scores, layout, selection, part)
 
-        The run has all queries of its sequence: later steps read other rows of the table.
+    def _notes(self, launch: Launch) -> bool:
+        return self.notes_mass and launch.mass is not None
+
+    def _note_mass(self, step: LayerStep, noted: list[Noted]) -> None:
+        """Add the mass that rows of launches put on their sequences' tokens.
+
+        Once all have attended, so that none counts twice where the step is run again.
         """
-        # Scores of another scale need a log-sum-exp of their own.
-        lse = self._dense(q, k, v, run, out, return_lse=self.scoring_scale is None)
-        scores, gen_scores = api.block_scores(
-            q[run.queries.rows],
-            k[run.keys.rows],
-            lse,
-            pattern.blocks,
-            scale=self.scoring_scale or self.scale,
-        )
-        api.select_blocks(scores, gen_scores, pattern.blocks, *pattern.of_layer(layer))
+        for launch, lse in noted:
+            mass = launch.mass
+            if mass is None or not self.notes_mass:
+                continue
+            assert lse is not None and step.metadata.mass is not None
+            api.token_mass(
+                step.q[mass.rows],
+                self.pages.keys(step.cache),
+                lse[:, mass.rows],
+                mass.layout,
+                step.metadata.pages,
+                mass.weights,
+                mass.slots,
+                step.metadata.mass,
+                scale=self.scale,
+            )
 
+    def _kv_heads_at_once(self, query_blocks: int, key_blocks: int) -> int:
+        """Key heads whose query heads' block scores fit _SCORES_BYTES together; at least one."""
+        each = self._scores_bytes(query_blocks, key_blocks) // self.num_kv_heads
+        return max(1, min(self.num_kv_heads, _SCORES_BYTES // each))
 
-@contextmanager
-def _confined_to(output: Tensor) -> Iterator[None]:
-    """Let what goes wrong with one request's attention be the end of that request only.
+    def _scores_bytes(self, query_blocks: int, key_blocks: int) -> int:
+        return 2 * self.num_heads * query_blocks * key_blocks * torch.float32.itemsize
 
-    Its output becomes NaN and so do its logits, on all ranks, for which the scheduler ends it. A
-    device that has failed as a whole raises again here, and the engine stops.
-    """
-    try:
-        yield
-    except Exception:
-        logger.exception("The attention of one request failed; it ends, the others go on.")
-        output.fill_(torch.nan)
+    def _hold_scores(self, q: Tensor) -> None:
+        """Take, for a moment, what the block scores of the largest recording step need.
 
+        Where requests may reuse keys and values, also what they are gathered to.
+        """
+        smallest = min(api.BLOCK_SIZES)
+        sizes = [num_blocks(n, smallest) for n in (self.max_num_tokens, self.max_model_len)]
+        heads = self._kv_heads_at_once(*sizes)
+        nbytes = self._scores_bytes(*sizes) * heads // self.num_kv_heads
+        if self.pages.holds_kv:
+            nbytes = max(nbytes, self.max_num_tokens * self.pages.kv_bytes_per_token)
+        torch.empty(nbytes, dtype=torch.uint8, device=q.device)
 
-DenseKernel = Callable[[Tensor, Tensor, Tensor, Run, float, Tensor, bool], Tensor | None]
+    def tables_of(self, cache: Tensor, pages: Tensor, block_size: int) -> BlockTables:
+        """The layer's tables of sequences with these pages."""
+        key = (cache.data_ptr(), block_size)
+        if key not in self._tables:
+            self._tables[key] = self.pages.block_tables(cache, pages, block_size)
+        return replace(self._tables[key], pages=pages)
 
-
-@cache
-def dense_kernel(device_type: str, dtype: torch.dtype) -> DenseKernel:
-    """What runs the dense steps: FlashAttention where vLLM has it, else our own kernel."""
-    if device_type != "cuda":
-        logger.info("Dense and sparse steps run in plain torch: there is no GPU.")
-        return _own_dense
-    from vllm.v1.attention.backends import fa_utils
-
-    if dtype == torch.float32 or not fa_utils.is_flash_attn_varlen_func_available():
-        logger.info("Dense steps run our Triton kernel: no FlashAttention for %s here.", dtype)
-        return _own_dense
-    version = fa_utils.get_flash_attn_version()
-    logger.info("Dense steps run FlashAttention %s.", version)
-    return _flash_kernel(fa_utils.flash_attn_varlen_func, version)
-
-
-def _flash_kernel(flash_attn: Callable[..., Any], version: int | None) -> DenseKernel:
-    def dense(
-        q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor, return_lse: bool
-    ) -> Tensor | None:
-        _, lse = flash_attn(
-            q,
-            k,
-            v,
-            max_seqlen_q=max(run.queries.lengths),
-            cu_seqlens_q=run.queries.cu_seqlens,
-            max_seqlen_k=max(run.keys.lengths),
-            cu_seqlens_k=run.keys.cu_seqlens,
-            softmax_scale=scale,
-            causal=False,
-            return_softmax_lse=True,
-            out=out,
-            fa_version=version,
-        )[:2]
-        return lse if return_lse else None  # it comes for nothing
-
-    return dense
-
-
-def _own_dense(
-    q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float, out: Tensor, return_lse: bool
-) -> Tensor | None:
-    result = api.dense_attention(q, k, v, run.blocks, scale=scale, out=out, return_lse=return_lse)
-    return result[1] if return_lse else None
+    def _fail(self, step: LayerStep, layout: BatchLayout) -> None:
+        """End a sequence: NaN for all to see, and a table that lists nothing."""
+        start, count = int(layout.host[QUERY_START, 0]), int(layout.host[NUM_ROWS, 0])
+        step.out[start : start + count].fill_(torch.nan)
+        pages = step.metadata.pages[int(layout.host[PAGE_ROW, 0])]
+        owned = pages[: num_blocks(layout.max_key_len, PAGE)].long()
+        self.tables_of(step.cache, step.metadata.pages, layout.tile).num_kept[owned] = 0

@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsed_vllm.crossover import UNMEASURED
 from sparsed_vllm.params import BadRequest, Field, flag, integer, number
 
 BLOCK_SIZES = (16, 32, 64, 128)
+
+CROSSOVER = 8192
+"""Tokens from which a sparse step is at least a tenth faster than a dense one on an H100.
+
+After benchmarks/results/generate.jsonl: 1.17x with LLaDA-8B at 8k; with Dream-7B 1.05x at 4k and
+1.28x at 16k. Less is not worth a recording step and what sparsity leaves out. Other devices were
+not measured and use the same length.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,20 +27,16 @@ class SparseConfig:
     skip: share of the steps that run in full before the pattern is recorded
     select: share of the key blocks that later steps attend to
     block_size: tokens of a block, of queries and of keys
-    min_length: tokens of prompt and canvas from which a request that does not say runs sparse;
-        where it is not given, models/hook.py fills in the device's crossover
-    table_ids: key-block ids that a table may hold for each token, layer and head: what vLLM's
-        memory profiling sets aside, and what a request with small blocks must fit
-    published_scale: score blocks with 1/sqrt(num_heads), as the authors' LLaDA code does by a
-        slip; for parity tests
+    min_length: tokens of prompt and canvas from which a request that does not say runs sparse
+    table_ids: entries that a page has for tables, for each token, layer and head: what a request
+        with small blocks must fit, and what its pages cost
     """
 
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
-    min_length: int = UNMEASURED
+    min_length: int = CROSSOVER
     table_ids: int = 8
-    published_scale: bool = False
 
     @classmethod
     def of(cls, additional_config: object) -> "SparseConfig":
@@ -81,7 +84,6 @@ SECTION_FIELDS = {
         integer, lambda length: length >= 0, "an integer of at least 0", "Use 0 for no limit."
     ),
     "table_ids": Field(integer, lambda ids: ids >= 1, "an integer of at least 1", "Leave it out."),
-    "published_scale": Field(flag, lambda _: True, "0 or 1", "Leave it out but in parity tests."),
 }
 
 REQUEST_FIELDS = {

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ELEMENTS_AT_ONCE = 1 << 25  # rows x vocabulary widened together: 128 MiB in float32
-
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -22,6 +20,10 @@ class TokenScores:
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
+
+    def of(self, places: Tensor | slice) -> "TokenScores":
+        """Those of some of the places."""
+        return TokenScores(self.token_ids[places], self.logprobs[places], self.ranks[places])
 
 
 def score_tokens(logits: Tensor, tokens: Tensor, top: int, mask_token_id: int) -> TokenScores:
@@ -41,17 +43,10 @@ def score_tokens(logits: Tensor, tokens: Tensor, top: int, mask_token_id: int) -
     )
 
 
-def rows_at_once(vocab_size: int) -> int:
-    """Rows of logits that are scored together; bounds the memory."""
-    return max(1, _ELEMENTS_AT_ONCE // vocab_size)
-
-
 class LogprobRecord:
     """One request's scores, place by place, on the device; written as its places are filled."""
 
-    def __init__(self, num_tokens: int, top: int, mask_token_id: int, device: torch.device) -> None:
-        self.top = top
-        self.mask_token_id = mask_token_id
+    def __init__(self, num_tokens: int, top: int, device: torch.device) -> None:
         # The place past the end takes what is written for padding.
         shape = (num_tokens + 1, 1 + top)
         self._scores = TokenScores(
@@ -60,24 +55,17 @@ class LogprobRecord:
             torch.zeros(shape[:1], dtype=torch.int32, device=device),
         )
 
-    def note(self, logits: Tensor, places: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        """Record the scores of the places that a step has filled.
+    def note(self, scores: TokenScores, places: Tensor, chosen: Tensor) -> None:
+        """Keep the scores of the places that a step has filled.
 
-        logits [n, vocab], places and tokens int64 [n]: of the places that were open
-        rows int64 [any]: those of them that were filled, -1 for padding
+        scores, places int64, chosen bool [n]: of the places that were open, and which were filled
         """
-        for part in rows.split(rows_at_once(logits.shape[-1])):
-            self._note(logits, places, tokens, part)
-
-    def _note(self, logits: Tensor, places: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        some = rows.clamp(min=0)
-        scores = score_tokens(logits[some], tokens[some], self.top, self.mask_token_id)
-        places = torch.where(rows >= 0, places[some], len(self._scores.ranks) - 1)
-        self._scores.token_ids[places] = scores.token_ids
-        self._scores.logprobs[places] = scores.logprobs
-        self._scores.ranks[places] = scores.ranks
+        kept = self._scores
+        places = torch.where(chosen, places, len(kept.ranks) - 1)
+        kept.token_ids[places] = scores.token_ids
+        kept.logprobs[places] = scores.logprobs
+        kept.ranks[places] = scores.ranks
 
     def of(self, places: Tensor) -> TokenScores:
         """The scores of `places` int64 [n]."""
-        every = self._scores
-        return TokenScores(every.token_ids[places], every.logprobs[places], every.ranks[places])
+        return self._scores.of(places)

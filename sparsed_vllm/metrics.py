@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from sparsed_vllm.phases import Phase
+from sparsed_vllm.steps import Phase, Source
 from sparsed_vllm.tally import Tally
 
 _PAYLOAD = "sparsed"
@@ -62,6 +62,35 @@ COUNTERS = (
         ("phase",),
     ),
     Metric(
+        "vllm:sparsed_steps_by_source",
+        "Denoising steps by where their keys and values come from: all from the step itself, a "
+        "whole step (fresh), or most from the KV pages, a light step (pages).",
+        tuple(f"steps_by_source/{source.value}" for source in Source),
+        ("source",),
+    ),
+    Metric(
+        "vllm:sparsed_computed_rows",
+        "Tokens that denoising steps compute, summed over the steps.",
+        ("computed_rows",),
+    ),
+    Metric(
+        "vllm:sparsed_possible_rows",
+        "Tokens that the same steps would compute if none reused keys and values.",
+        ("possible_rows",),
+    ),
+    Metric(
+        "vllm:sparsed_chosen_tokens",
+        "Tokens before the current block that light steps compute because its masked places "
+        "attend to them most.",
+        ("chosen_tokens",),
+    ),
+    Metric(
+        "vllm:sparsed_passes",
+        "Of each step the tokens that it computes by those of its sequence, summed over the steps: "
+        "1 for a whole step. Divided by the requests: how often a sequence is computed.",
+        ("passes",),
+    ),
+    Metric(
         "vllm:sparsed_requests",
         "Requests by how they run and what decided it: their length, the request itself "
         "(use_sparsed), the attention backend, or too few steps to record a table.",
@@ -74,6 +103,12 @@ COUNTERS = (
             "requests/dense/steps",
         ),
         ("attention", "reason"),
+    ),
+    Metric(
+        "vllm:sparsed_requests_by_reuse",
+        "Requests by whether they reuse keys and values between steps.",
+        ("requests_by_reuse/off", "requests_by_reuse/on"),
+        ("reuse",),
     ),
     Metric("vllm:sparsed_tables", "Tables of kept key blocks recorded.", ("tables",)),
     Metric(

@@ -2,16 +2,19 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The worker's side of denoising: each step's token ids, attention metadata and logits rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata, ModelState
@@ -19,69 +22,43 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from sparsed_vllm.admission import RequestReader
-from sparsed_vllm.attention import SparsedMetadataBuilder
-from sparsed_vllm.config import Sparsity
-from sparsed_vllm.denoising import Denoising
-from sparsed_vllm.pattern import Pattern, num_bytes_at_most
-from sparsed_vllm.phases import Phase
+from sparsed_vllm.attention import SparsedImpl, SparsedMetadataBuilder
+from sparsed_vllm.batch import (
+    DenoisingBatch,
+    DenoisingRequest,
+    RowWindows,
+    page_writes,
+    window_bounds,
+)
+from sparsed_vllm.canvases import Canvases, CanvasStep, NewCanvas
+from sparsed_vllm.kernels.layout import send
+from sparsed_vllm.logprobs import LogprobRecord
+from sparsed_vllm.metadata import SparsedMetadata
 from sparsed_vllm.recorded_tables import RecordedTables
-from sparsed_vllm.rehearsal import rehearse
+from sparsed_vllm.refresh import ContextMass, LightRows, ReadRows
+from sparsed_vllm.rehearsal import rehearse, rehearse_choices
 from sparsed_vllm.sampler import DenoisingSampler
-from sparsed_vllm.windows import Windows, window_around
+from sparsed_vllm.steps import Source
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One request's part of a step.
+class StepMetadata(ModelSpecificAttnMetadata):
+    """Hands a step to our metadata builder; no other asks for it."""
 
-    places int64 [n]: the places of its canvas whose logits are read, -1 for padding
-    query_start: where its sequence begins in the batch;  prompt_len: tokens before the canvas
-    window: tokens of its sequence: whole blocks that hold all whose hidden states are read
-    pattern: the table that the step writes or follows; None: it does neither
-    """
-
-    denoising: Denoising
-    places: Tensor
-    query_start: int
-    prompt_len: int
-    window: slice
-    pattern: Pattern | None
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What a step does with each request of `batch`, in batch order; None: no canvas (warm-up).
-
-    windows: the rows that the last layer computes; None: all
-    """
-
-    batch: InputBatch
-    turns: list[Turn | None]
-    windows: Windows | None = None
-
-
-class StepPatterns(ModelSpecificAttnMetadata):
-    """Hands a step's phases, tables and windows to our metadata builder; no other asks for them."""
-
-    def __init__(self, plan: StepPlan) -> None:
-        self.windows = plan.windows
-        # The phase is read before the sampler advances the request.
-        self.patterns = [
-            (turn.denoising.phase, turn.pattern) if turn else (Phase.DENSE, None)
-            for turn in plan.turns
-        ]
+    batch: DenoisingBatch | None
+    windows: RowWindows | None
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         if not isinstance(attn_metadata_builder, SparsedMetadataBuilder):
             return {}
-        return {"patterns": self.patterns, "windows": self.windows}
+        return {"batch": self.batch, "windows": self.windows}
 
 
 class DenoisingModelState(ModelState):
-    """Keeps one `Denoising` per running request and feeds its canvas to the model each step.
+    """Keeps the running requests' plans and canvases, and feeds the canvases to the model.
 
-    The canvas here is the authority on a request's tokens; what vLLM's own buffers hold behind
-    the prompt is overwritten before the model runs.
+    The canvases are the authority on a request's tokens; what vLLM's own buffers hold behind the
+    prompt is overwritten before the model runs.
     """
 
     def __init__(
@@ -93,36 +70,54 @@ class DenoisingModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.reader = RequestReader(vllm_config)
-        self.family = self.reader.family
-        self.mask_token_id = self.model_config.hf_config.mask_token_id
-        self.requests: dict[str, Denoising] = {}
-        self.patterns: dict[str, Pattern] = {}
-        self.generator = torch.Generator(device)
-        self.plan: StepPlan | None = None
-        parallel_config = vllm_config.parallel_config
-        self._num_layers = self.model_config.get_num_layers(parallel_config)
-        self._num_heads = self.model_config.get_num_attention_heads(parallel_config)  # this rank's
+        self.mask_token_id: int = self.model_config.hf_config.mask_token_id
+        self.vocab_size = self.model_config.get_vocab_size()
+        self.shift = int(self.reader.family.shifts_logits)
+        self.requests: dict[str, DenoisingRequest] = {}
+        longest = self.reader.limits.max_tokens or self.max_model_len
+        self.canvases = Canvases(self.max_num_reqs, min(longest, self.max_model_len), device)
+        self.mass: ContextMass | None = None  # where requests may reuse keys and values
+        if self.reader.reuse_config is not None:
+            sizes = (self.max_num_reqs, self.max_model_len)
+            self.mass = ContextMass(*sizes, device, tensor_model_parallel_all_reduce)
+        self.logprobs: dict[int, LogprobRecord] = {}  # by slot, of requests that ask
+        self._opening: list[NewCanvas] = []
+        # The latest step that was planned.
+        self._input_batch: InputBatch | None = None
+        self._batch: DenoisingBatch | None = None
+        self._windows: RowWindows | None = None
+        self._pages = torch.empty(0)  # int32 [num_reqs, most pages]
+        # int64 [3, num_reqs]: the batch's row of a canvas's first place, of its window's first row,
+        # and the first place that is computed.
+        self._rows = torch.empty(0)
         self.req_states: RequestState | None = None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Open the canvas of a request that is new, or resumes after preemption."""
-        params = new_req_data.sampling_params
-        canvas = (new_req_data.prefill_token_ids or [])[new_req_data.prompt_len :]
+        params, prompt_len = new_req_data.sampling_params, new_req_data.prompt_len
+        canvas = (new_req_data.prefill_token_ids or [])[prompt_len:]
         if params is None or len(canvas) != params.max_tokens:
             return  # vLLM's warm-up sends prompts without a canvas.
         assert params.seed is not None, "the scheduler seeds every request"
-        self.requests[new_req_data.req_id] = Denoising(
-            *self.reader.read(params, new_req_data.prompt_len),
-            canvas,
-            num_final=sum(token != self.mask_token_id for token in canvas),
-            mask_token_id=self.mask_token_id,
-            seed=params.seed,
-            generator=self.generator,
+        num_final = sum(token != self.mask_token_id for token in canvas)
+        plan = self.reader.plan(params, prompt_len)
+        request = DenoisingRequest(req_index, plan, num_final)
+        self.requests[new_req_data.req_id] = request
+        num_filled = num_final if request.cursor.step else 0
+        self._opening.append(
+            NewCanvas(req_index, len(canvas), params.seed, num_final, num_filled, canvas)
         )
+        if params.logprobs is not None:
+            self.logprobs[req_index] = LogprobRecord(len(canvas), params.logprobs, self.device)
 
     def remove_request(self, req_id: str) -> None:
-        self.requests.pop(req_id, None)
-        self.patterns.pop(req_id, None)
+        request = self.requests.pop(req_id, None)
+        if request is not None:
+            self.logprobs.pop(request.slot, None)
+
+    def apply_staged_writes(self) -> None:
+        self.canvases.add(self._opening)
+        self._opening = []
 
     def preprocess_state(
         self,
@@ -131,82 +126,78 @@ class DenoisingModelState(ModelState):
         kv_cache_config: KVCacheConfig,
         num_computed_tokens: Tensor,
     ) -> None:
-        """Choose the rows whose logits the step reads: open places only."""
-        starts = input_batch.query_start_loc_np
-        turns = [
-            self._turn(req_id, int(starts[i]), int(starts[i + 1]))
-            for i, req_id in enumerate(input_batch.req_ids)
-        ]
-        self.plan = StepPlan(input_batch, turns, self._windows(turns, input_batch))
-        if None in turns:
+        """Plan the step, and choose the rows whose logits it reads: open places only."""
+        self._input_batch, self._batch, self._windows = input_batch, None, None
+        requests = [self.requests.get(req_id) for req_id in input_batch.req_ids]
+        known = [request for request in requests if request is not None]
+        if len(known) < len(requests):
             return  # Warm-up, which counts on vLLM's own rows.
-        rows = torch.cat([self._rows(turn) for turn in turns if turn])
+        self._pages = block_tables[0]
+        batch = self._plan(input_batch, known)
+        firsts, ends = window_bounds(batch, self.shift)
+        first_places = [max(0, step.first_row - plan.prompt_len) for step, plan in batch.pairs]
+        columns = np.stack([batch.canvas_rows, batch.starts[:-1] + firsts, first_places])
+        self._rows = send(columns, self.device)
+        # Another backend's metadata knows no windows.
+        if self.reader.sparse_config and (ends - firsts).sum() < input_batch.num_tokens:
+            self._windows = RowWindows.of(batch.starts, firsts, ends, self.device)
+        reads = self._rows_read(batch.canvas)
+        self._batch = self._with_reuse(batch, reads)
         # A step that fills nothing still has a row: kernels for none at all are rarely tried.
-        input_batch.logits_indices = rows if len(rows) else input_batch.logits_indices[:1]
+        input_batch.logits_indices = reads if len(reads) else input_batch.logits_indices[:1]
 
-    def _turn(self, req_id: str, start: int, end: int) -> Turn | None:
-        denoising = self.requests.get(req_id)
-        if denoising is None:
-            return None
-        prompt_len = end - start - denoising.params.num_tokens
-        if denoising.phase is Phase.RECORDING:
-            self.patterns[req_id] = self._new_pattern(denoising.sparsity, prompt_len, end - start)
-        pattern = self.patterns.get(req_id)
-        window = self._window(denoising, prompt_len, end - start)
-        return Turn(denoising, denoising.open_places(), start, prompt_len, window, pattern)
+    def _plan(self, input_batch: InputBatch, requests: list[DenoisingRequest]) -> DenoisingBatch:
+        steps = [request.cursor.advance() for request in requests]
+        granted = input_batch.num_scheduled_tokens[: len(requests)].tolist()
+        assert granted == [step.num_rows for step in steps], "scheduler and worker are in step"
+        # Rows of one policy side by side: they are worked on together.
+        by_policy: dict[Any, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_policy.setdefault(request.policy, []).append(i)
+        order = [i for members in by_policy.values() for i in members]
+        slots = [request.slot for request in requests]
+        params = [request.plan.params for request in requests]
+        canvas = self.canvases.open(slots, params, steps, order)
+        starts = input_batch.query_start_loc_np[: len(requests) + 1]
+        return DenoisingBatch(input_batch.req_ids, requests, steps, starts, canvas)
 
-    def _window(self, denoising: Denoising, prompt_len: int, length: int) -> slice:
-        if denoising.phase is Phase.RECORDING:
-            return slice(0, length)  # A table has a row for every query block.
-        first = prompt_len - self.family.shifts_logits
-        reach = denoising.reach()
-        return window_around(range(first + reach.start, first + reach.stop), length)
+    def _rows_read(self, canvas: CanvasStep) -> Tensor:
+        """Rows of the hidden states that predict the places that are read, int64 [num_rows].
 
-    def _windows(self, turns: list[Turn | None], input_batch: InputBatch) -> Windows | None:
-        """The windows of a step, where they leave something out."""
-        if self.reader.sparse_config is None:
-            return None  # Another backend's metadata knows no windows.
-        windows = [turn.window for turn in turns if turn]
-        num_rows = sum(window.stop - window.start for window in windows)
-        if len(windows) < len(turns) or num_rows == input_batch.num_tokens:
-            return None
-        return Windows.at(windows, input_batch.query_start_loc_np.tolist(), self.device)
-
-    def _new_pattern(self, sparsity: Sparsity | None, prompt_len: int, length: int) -> Pattern:
-        assert sparsity is not None
-        return Pattern(
-            sparsity,
-            num_prompt_tokens=prompt_len,
-            num_tokens=length,
-            num_layers=self._num_layers,
-            num_heads=self._num_heads,
-            device=self.device,
-        )
-
-    def largest_tables(self) -> Tensor:
-        """As much memory as the tables of all running requests can take together.
-
-        The scheduler admits no more tokens of sparse requests than a step has.
+        Padding reads the first row of its request's window.
         """
-        config = self.reader.sparse_config
-        sizes = (self.max_num_tokens, self.max_model_len)
-        each = num_bytes_at_most(*sizes, config.table_ids) if config else 0
-        shape = (self._num_layers, self._num_heads, each)
-        return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        canvas_rows, window_rows = self._rows[:2, canvas.reqs]
+        return torch.maximum(canvas_rows - self.shift + canvas.places, window_rows)
 
-    def rehearse(self) -> None:
-        """Compile what recording and sparse steps run, with attention as the model has it."""
-        config = self.reader.sparse_config
-        if config is not None:
-            layers = self.vllm_config.compilation_config.static_forward_context.values()
-            impl = next(iter(layers)).impl
-            sizes = {"longest": self.max_model_len, "dtype": self.dtype, "device": self.device}
-            rehearse(impl, config, **sizes)
+    def _with_reuse(self, batch: DenoisingBatch, reads: Tensor) -> DenoisingBatch:
+        """What a step does besides for requests that reuse keys and values.
 
-    def _rows(self, turn: Turn) -> Tensor:
-        """Rows of the hidden states that predict `turn.places`; padding reads one in its window."""
-        first = turn.prompt_len - self.family.shifts_logits
-        return turn.query_start + (first + turn.places).clamp(min=turn.window.start)
+        reads int64 [num_rows]: the batch's rows that are read
+        """
+        kept = [i for i, plan in enumerate(batch.plans) if plan.reuse is not None]
+        if self.mass is None or not kept:
+            return batch
+        slots = [request.slot for request in batch.requests]
+        light = self.mass.choose(batch.starts.tolist(), slots, batch.steps, batch.plans)
+        writes = page_writes(batch, kept, light, self._pages)
+        spans = {
+            i: (first, end - first)
+            for i, first, end in batch.rows_of_requests()
+            if batch.requests[i].cursor.chooses_next
+        }
+        # A step that reads nothing keeps what the one before noted, but never another request's.
+        begun = [i for i, step in enumerate(batch.steps) if step.source is Source.FRESH]
+        self.mass.clear([slots[i] for i in sorted({*spans, *begun})])
+        starts = send(batch.starts[:-1].astype(np.int64), self.device)
+        places = reads - starts[batch.canvas.reqs]
+        weights = (batch.canvas.places >= 0).float()
+        return replace(
+            batch,
+            light=light,
+            writes=writes,
+            reads=ReadRows(spans, places, weights, slots) if spans else None,
+            mass=self.mass.mass,
+        )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Write each canvas behind its prompt. Also called for vLLM's dummy batches.
@@ -214,31 +205,46 @@ class DenoisingModelState(ModelState):
         Returns what the model is called with besides.
         """
         self.req_states = req_states
-        for turn in self.turns_of(input_batch):
-            if turn is not None:
-                canvas = turn.denoising.canvas.tokens
-                start = turn.query_start + turn.prompt_len
-                input_batch.input_ids[start : start + len(canvas)] = canvas
-        windows = self._plan_of(input_batch).windows
-        return {"rows": windows.rows} if windows else {}
+        batch = self.batch_of(input_batch)
+        if batch is None:
+            return {}
+        if batch.light is not None:
+            self._write_light(batch.light, input_batch, req_states)
+        canvas_rows, _, first_places = self._rows
+        self.canvases.write_ids(
+            batch.canvas, canvas_rows, first_places, input_batch.input_ids, self.mask_token_id
+        )
+        return {"rows": self._windows.rows} if self._windows else {}
 
-    def turns_of(self, input_batch: InputBatch) -> list[Turn | None]:
-        """The turns planned for `input_batch`; none for a batch that was not planned (dummy)."""
-        return self._plan_of(input_batch).turns
+    def _write_light(
+        self, light: LightRows, input_batch: InputBatch, req_states: RequestState
+    ) -> None:
+        """Write tokens and positions of the rows of light steps; their canvases come after."""
+        slots = input_batch.idx_mapping[light.seqs]
+        prompt_len = req_states.prompt_len.gpu[slots].long()
+        is_prompt = light.places < prompt_len
+        prompt = req_states.all_token_ids.gpu[slots, light.places]
+        canvas = self.canvases.seen(slots, (light.places - prompt_len).clamp(min=0))
+        ids = torch.where(is_prompt, prompt, canvas.masked_fill(canvas < 0, self.mask_token_id))
+        input_batch.input_ids[light.rows] = ids.to(input_batch.input_ids.dtype)
+        input_batch.positions[light.rows] = light.places
 
-    def _plan_of(self, input_batch: InputBatch) -> StepPlan:
-        if self.plan is None or self.plan.batch is not input_batch:
-            return StepPlan(input_batch, [])
-        return self.plan
+    def batch_of(self, input_batch: InputBatch) -> DenoisingBatch | None:
+        """What was planned for `input_batch`; None for one that was not planned (dummy)."""
+        return self._batch if self._input_batch is input_batch else None
 
     def recorded_tables(self, input_batch: InputBatch) -> RecordedTables | None:
-        """The tables that the step has just recorded. Call it before the canvases advance."""
-        tables = {
-            req_id: turn.pattern
-            for req_id, turn in zip(input_batch.req_ids, self.turns_of(input_batch), strict=False)
-            if turn and turn.pattern and turn.denoising.phase is Phase.RECORDING
-        }
-        return RecordedTables(tables) if tables else None
+        """How much the tables keep that the step has just recorded; None if it recorded none."""
+        batch = self.batch_of(input_batch)
+        if batch is None or not batch.recording:
+            return None
+        layers = [(layer.impl, layer.kv_cache) for layer in self._attention_layers()]
+        return RecordedTables.of(batch, self._pages, layers)
+
+    def _attention_layers(self) -> list[Any]:
+        """The layers that attend with our backend; vLLM lists layers of experts beside them."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return [layer for layer in layers if isinstance(getattr(layer, "impl", None), SparsedImpl)]
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         return {}
@@ -268,7 +274,8 @@ class DenoisingModelState(ModelState):
         num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
         seq_lens_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
         starts = torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1])
-        return build_attn_metadata(
+        batch = self.batch_of(input_batch)
+        metadata = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
             num_tokens=num_tokens,
@@ -286,8 +293,29 @@ class DenoisingModelState(ModelState):
             for_cudagraph_capture=for_capture,
             causal=False,
             ubatch_idx=ubatch_idx,
-            model_specific_attn_metadata=StepPatterns(self._plan_of(input_batch)),
+            model_specific_attn_metadata=StepMetadata(batch, self._windows if batch else None),
         )
+        return self._with_last_layer(metadata)
+
+    def _with_last_layer(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The same with what the last layer shall compute under its name."""
+        last: str = self.model.last_attention_name
+        whole = metadata.get(last)
+        if isinstance(whole, SparsedMetadata) and whole.last_layer is not None:
+            metadata[last] = whole.last_layer
+        return metadata
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        """Compile and run what recording and sparse steps run, before a request does.
+
+        Raises what a kernel raises: an engine whose kernels cannot run must not start.
+        """
+        if self.reader.sparse_config is not None:
+            impl = self._attention_layers()[0].impl
+            rehearse(impl, self.reader.sparse_config, dtype=self.dtype, device=self.device)
+        rehearse_choices(self.mask_token_id, self.vocab_size, self.dtype, self.device)
 
     def custom_sampler(self, sampler: Any) -> tuple[DenoisingSampler, None]:
         return DenoisingSampler(self, sampler.compute_nans), None

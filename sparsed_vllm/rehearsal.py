@@ -1,53 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Attention's kernels, compiled at the engine's start rather than in a request's steps."""
+"""Our kernels, compiled and run at the engine's start rather than in a request's steps."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import torch
 
-from sparsed_vllm.attention import SparsedImpl, sort_sequences
+from sparsed_vllm.attention import LayerStep, SparsedImpl
+from sparsed_vllm.batch import DenoisingBatch, DenoisingRequest
+from sparsed_vllm.canvases import Canvases
 from sparsed_vllm.config import BLOCK_SIZES, SparseConfig, Sparsity
+from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
-from sparsed_vllm.pattern import Pattern
-from sparsed_vllm.phases import Phase
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+from sparsed_vllm.kernels.layout import PAGE, num_blocks
+from sparsed_vllm.metadata import plan_launches
+from sparsed_vllm.params import DenoisingParams
+from sparsed_vllm.steps import Phase, Plan
+
+_STEPS = 4  # of the request that is rehearsed: dense, recording, sparse
 
 
 def rehearse(
-    impl: SparsedImpl,
-    config: SparseConfig,
-    *,
-    longest: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    impl: SparsedImpl, config: SparseConfig, *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Record and follow a small table, and select for every length up to `longest` tokens.
+    """Record and follow a small table, and select for every length that a request may have.
 
-    Requests with blocks of another size than the engine's, or with ids of another type, still
-    compile the kernels of their own once.
+    Requests with blocks of another size than the engine's still compile the kernels of their own
+    once. Raises what a kernel raises.
     """
-    pattern = Pattern(
-        Sparsity(config.skip, config.select, config.block_size),
-        num_prompt_tokens=config.block_size,
-        num_tokens=2 * config.block_size,
-        num_layers=1,
-        num_heads=impl.num_heads,
-        device=device,
-    )
-    _attend(impl, pattern, dtype)
-    most = api.num_blocks(longest, min(BLOCK_SIZES))
-    api.compile_selection(most, impl.num_heads, pattern.kept.dtype, device)
-
-
-def _attend(impl: SparsedImpl, pattern: Pattern, dtype: torch.dtype) -> None:
-    """A recording step and a sparse one, of one layer and one sequence."""
-    length, device = 2 * pattern.blocks.block_size, pattern.rows.device
-    layer = SimpleNamespace(layer_name="layers.0")
+    length = 2 * PAGE
+    sparsity = Sparsity(0.0, config.select, config.block_size)
+    params = DenoisingParams(PAGE, _STEPS, PAGE, "low_confidence")
+    request = DenoisingRequest(0, Plan(params, sparsity, length - PAGE), 0)
     heads = (impl.num_heads, impl.num_kv_heads, impl.num_kv_heads)
     # Side by side, as the projection leaves them.
     qkv = torch.zeros(length, sum(heads), impl.head_size, dtype=dtype, device=device)
     q, k, v = qkv.split(heads, dim=1)
-    starts = torch.tensor([0, length], dtype=torch.int32).to(device)
-    for phase in (Phase.RECORDING, Phase.SPARSE):
-        metadata = sort_sequences(starts, [0, length], [(phase, pattern)])
-        impl.forward(layer, q, k, v, q, metadata, torch.empty_like(q))
+    cache = impl.pages.empty(2, device)
+    pages = torch.arange(2, dtype=torch.int32, device=device)[None]
+    starts = np.array([0, length], np.int32)
+    canvases = Canvases(1, PAGE, device)
+    with_flash = flash_attention(device.type, dtype) is not None
+    for _ in range(_STEPS):
+        step = request.cursor.advance()
+        canvas = canvases.open([0], [params], [step], [0])
+        batch = DenoisingBatch(["rehearsal"], [request], [step], starts, canvas)
+        metadata = plan_launches(starts, pages, batch, with_flash=with_flash)
+        impl.attend(LayerStep(q, k, v, cache, metadata, torch.empty_like(q)))
+    assert step.phase is Phase.SPARSE
+    most = num_blocks(impl.max_model_len, min(BLOCK_SIZES))
+    api.compile_selection(most, impl.pages.tables.dtype, device)
+
+
+def rehearse_choices(
+    mask_token_id: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Choose a token with and without temperature, and draw a place."""
+    logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
+    noise = Noise(*torch.zeros(3, 1, dtype=torch.int64, device=device))
+    for choice, drawn in ((Choice(), None), (Choice(temperature=1.0), noise)):
+        api.choose_tokens(logits, choice, Forbidden(mask_token_id), drawn)
+    api.draw_uniform(noise)

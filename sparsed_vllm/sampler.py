@@ -1,38 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""One denoising step for the batch: logits in, final tokens out."""
+"""One denoising step for the batch: hidden states in, final tokens out."""
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from sparsed_vllm.denoising import FinalTokens
-from sparsed_vllm.kernels.choice import Forbidden
-from sparsed_vllm.logprobs import TokenScores, rows_at_once, score_tokens
-from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.unmasking import choose_tokens
+from sparsed_vllm.batch import DenoisingBatch, TokenPolicy
+from sparsed_vllm.kernels import api
+from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+from sparsed_vllm.kernels.layout import send
+from sparsed_vllm.logprobs import LogprobRecord, TokenScores, score_tokens
+from sparsed_vllm.unmasking import draws_places
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from sparsed_vllm.model_state import DenoisingModelState, Turn
+    from sparsed_vllm.canvases import CanvasStep
+    from sparsed_vllm.model_state import DenoisingModelState
 
-
-COMMON = [DenoisingParams(1, 1, 1, policy="low_confidence", temperature=t) for t in (0.0, 1.0)]
-"""Decodings whose kernels are best compiled before requests come."""
+_LOGITS_AT_ONCE = 1 << 28  # numbers: 512 MiB in 16 bits
+_SCORED_AT_ONCE = 1 << 25  # numbers of rows whose log probabilities are reported, in float32
 
 
 class DenoisingSampler:
-    """Stands in for vLLM's `Sampler`: the canvases live in the model state, this advances them."""
+    """Stands in for vLLM's `Sampler`: the canvases live in the model state, this advances them.
+
+    What vLLM hands over as logits are hidden states (MaskPredictor.compute_logits): the head runs
+    here, over slices of the rows that are read, so that logits of all of them never exist at once.
+    """
 
     def __init__(self, state: DenoisingModelState, compute_nans: bool) -> None:
         self.state = state
@@ -46,98 +53,176 @@ class DenoisingSampler:
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
 
-    def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+    def __call__(self, hidden_states: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Advance every canvas of the batch by one step.
 
-        logits [rows, vocab]: the rows chosen by the model state, request by request
+        hidden_states [rows, hidden_size]: the rows chosen by the model state, policy by policy
         Returns for each request the tokens that became final in this step, often none.
         """
-        turns = self.state.turns_of(input_batch)
-        if not turns:
-            self._hold_largest_step(logits)
-            turns = [None] * input_batch.num_reqs
-        self._rewind_total_len(turns, input_batch)
-        num_rows = [len(turn.places) if turn else 0 for turn in turns]
-        parts = logits[: sum(num_rows)].split(num_rows)
-        tables = self.state.recorded_tables(input_batch)
-        taken = [self._advance(turn, rows) for turn, rows in zip(turns, parts, strict=True)]
-        output = self._output(taken, input_batch)
-        output.sampling_mask_tensors = tables  # which travel as these; ours has no such masks
-        return output
+        batch = self.state.batch_of(input_batch)
+        if batch is None:
+            self._hold_largest_step(hidden_states)
+            return _nothing(input_batch)
+        self._rewind_total_len(batch, input_batch)
+        canvases, canvas = self.state.canvases, batch.canvas
+        if len(canvas.places):
+            self._advance(hidden_states, batch)
+        tokens, count, places = canvases.take(canvas)
+        slots = [request.slot for request in batch.requests]
+        records = [self.state.logprobs.get(slot) for slot in slots]
+        return SamplerOutput(
+            sampled_token_ids=tokens,
+            logprobs_tensors=_join_scores(records, places),
+            num_nans=canvases.has_failed[canvas.slots].int(),
+            num_sampled=count.int(),
+            # All of the query, so that the next step computes the whole sequence again.
+            num_rejected=input_batch.query_start_loc[: len(slots) + 1].diff(),
+            # They travel as these; no engine of ours has such masks.
+            sampling_mask_tensors=self.state.recorded_tables(input_batch),
+        )
 
-    def _hold_largest_step(self, logits: Tensor) -> None:
-        """Take, for a moment, the memory of a step in which every token of the batch is masked.
+    def _advance(self, hidden_states: Tensor, batch: DenoisingBatch) -> None:
+        """Choose a token for every place that is read, and fill the places that are due."""
+        canvases, canvas = self.state.canvases, batch.canvas
+        noise = canvases.noise(canvas)
+        draws = any(draws_places(request.plan.params) for request in batch.requests)
+        rows_by_policy = list(_slices(batch, self._rows_at_once))
+        choices = [
+            self._choose(hidden_states[rows], policy, canvas, rows, noise)
+            for policy, rows in rows_by_policy
+        ]
+        tokens, confidence, largest = (
+            torch.cat([getattr(choice, name) for choice in choices])
+            for name in ("tokens", "confidence", "largest")
+        )
+        canvases.fail(canvas, largest)
+        uniform = api.draw_uniform(noise) if draws else None
+        chosen = canvases.fill(canvas, tokens, confidence, uniform)
+        for (_, rows), choice in zip(rows_by_policy, choices, strict=True):
+            if choice.scores is not None:
+                self._record(batch, rows, choice.scores, chosen)
 
-        vLLM's dummy batches measure what a step needs; theirs has one row of logits a request,
-        and no tables.
+    def _choose(
+        self,
+        hidden_states: Tensor,
+        policy: TokenPolicy,
+        canvas: CanvasStep,
+        rows: slice,
+        noise: Noise,
+    ) -> Choices:
+        """The tokens of some rows of one policy; hidden_states: theirs."""
+        logits = self.state.model.score(hidden_states)
+        forbidden = self._forbidden(policy, canvas, rows)
+        drawn = noise.of(rows) if policy.choice.temperature > 0 else None
+        tokens, confidence, largest = api.choose_tokens(logits, policy.choice, forbidden, drawn)
+        scores = None
+        if policy.logprobs is not None:
+            scores = score_tokens(logits, tokens, policy.logprobs, self.state.mask_token_id)
+        return Choices(tokens, confidence, largest, scores)
+
+    def _forbidden(self, policy: TokenPolicy, canvas: CanvasStep, rows: slice) -> Forbidden:
+        mask_token_id, stops = self.state.mask_token_id, policy.stop_tokens
+        if not stops:
+            return Forbidden(mask_token_id)
+        early = canvas.places[rows] < canvas.count("min_tokens")[canvas.reqs[rows]]
+        return Forbidden(mask_token_id, send(np.array(stops), early.device), early)
+
+    def _record(
+        self, batch: DenoisingBatch, rows: slice, scores: TokenScores, chosen: Tensor
+    ) -> None:
+        """Keep the scores of the places that were filled; scores: of `rows`."""
+        canvas = batch.canvas
+        for i, first, end in batch.rows_of_requests():
+            part = slice(max(first, rows.start), min(end, rows.stop))
+            record = self.state.logprobs.get(batch.requests[i].slot)
+            if record is not None and part.start < part.stop:
+                own = slice(part.start - rows.start, part.stop - rows.start)
+                record.note(scores.of(own), canvas.places[part], chosen[part])
+
+    def _rows_at_once(self, policy: TokenPolicy) -> int:
+        """Rows of a policy whose logits exist together; bounds the memory."""
+        numbers = _LOGITS_AT_ONCE if policy.logprobs is None else _SCORED_AT_ONCE
+        return max(1, min(numbers // self.state.vocab_size, self.state.max_num_tokens))
+
+    def _hold_largest_step(self, hidden_states: Tensor) -> None:
+        """Take, for a moment, the memory of a step that reads as many rows as exist together.
+
+        vLLM's dummy batches measure what a step needs; theirs has one row a request.
         """
-        if logits.device.type == "cpu":
+        if hidden_states.device.type == "cpu":
             return
-        self.state.rehearse()
-        tables = self.state.largest_tables()
-        largest = logits.new_zeros(self.state.max_num_tokens, logits.shape[-1])
-        mask_token_id = self.state.mask_token_id
-        for params in COMMON:
-            tokens, *_ = choose_tokens(
-                largest, params, Forbidden(mask_token_id), self.state.generator
-            )
-        some = slice(rows_at_once(logits.shape[-1]))  # logprobs widen so many logits
-        score_tokens(largest[some].clone(), tokens[some], 1, mask_token_id)
-        del tables
+        plain = TokenPolicy(Choice(), (), None)
+        for policy in (plain, plain._replace(logprobs=1)):
+            rows = hidden_states.new_zeros(self._rows_at_once(policy), hidden_states.shape[1])
+            logits, mask_token_id = self.state.model.score(rows), self.state.mask_token_id
+            tokens, *_ = api.choose_tokens(logits, policy.choice, Forbidden(mask_token_id), None)
+            if policy.logprobs is not None:
+                score_tokens(logits, tokens, policy.logprobs, mask_token_id)
 
-    def _advance(self, turn: Turn | None, rows: Tensor) -> FinalTokens:
-        """The tokens of one request that became final in this step."""
-        if turn is None:
-            none = rows.new_empty(0, dtype=torch.int64)
-            zero = rows.new_zeros((), dtype=torch.int64)
-            return FinalTokens(none, zero, zero.bool())
-        turn.denoising.advance(turn.places, rows)
-        return turn.denoising.take_final()
-
-    def _rewind_total_len(self, turns: list[Turn | None], input_batch: InputBatch) -> None:
+    def _rewind_total_len(self, batch: DenoisingBatch, input_batch: InputBatch) -> None:
         """Point vLLM's record of each sequence at the end of what was handed out.
 
         vLLM took the masks behind the prompt for prompt, and appends after them: past the row's
         end, into the next request's.
         """
         req_states = self.state.req_states
-        if req_states is None or None in turns:
-            return  # Warm-up, which hands out nothing.
-        num_taken = torch.stack([turn.denoising.num_taken for turn in turns if turn])
+        assert req_states is not None, "inputs were prepared"
         slots = input_batch.idx_mapping
         prompt_len = req_states.prompt_len.gpu[slots]
-        req_states.total_len.gpu[slots] = prompt_len + num_taken.to(prompt_len.dtype)
-
-    def _output(self, taken: list[FinalTokens], input_batch: InputBatch) -> SamplerOutput:
-        """Pad the requests' tokens to one width, and tell the runner that nothing is cached."""
-        starts = input_batch.query_start_loc[: len(taken) + 1]
-        width = max(1, *(len(final.tokens) for final in taken))
-        tokens = [F.pad(final.tokens, (0, width - len(final.tokens))) for final in taken]
-        return SamplerOutput(
-            sampled_token_ids=torch.stack(tokens),
-            logprobs_tensors=_join_scores([final.scores for final in taken]),
-            num_nans=torch.stack([final.has_failed for final in taken]).int(),
-            num_sampled=torch.stack([final.count for final in taken]).int(),
-            # All of the query, so that the next step computes the whole sequence again.
-            num_rejected=starts.diff(),
-        )
+        taken = self.state.canvases.num_taken[batch.canvas.slots]
+        req_states.total_len.gpu[slots] = prompt_len + taken.to(prompt_len.dtype)
 
 
-def _join_scores(scores: list[TokenScores | None]) -> LogprobsTensors | None:
+class Choices(NamedTuple):
+    """What was chosen for some rows; see api.choose_tokens. scores: None if nobody asked."""
+
+    tokens: Tensor
+    confidence: Tensor
+    largest: Tensor
+    scores: TokenScores | None
+
+
+def _slices(
+    batch: DenoisingBatch, most_of: Callable[[TokenPolicy], int]
+) -> Iterator[tuple[TokenPolicy, slice]]:
+    """The rows of the batch, policy by policy; most_of: as many of one at once."""
+    by_policy = groupby(batch.rows_of_requests(), key=lambda part: batch.requests[part[0]].policy)
+    for policy, parts in by_policy:
+        bounds, most = [(first, end) for _, first, end in parts], most_of(policy)
+        for start in range(bounds[0][0], bounds[-1][1], most):
+            yield policy, slice(start, min(start + most, bounds[-1][1]))
+
+
+def _nothing(input_batch: InputBatch) -> SamplerOutput:
+    """What a batch without canvases hands out (warm-up)."""
+    starts = input_batch.query_start_loc[: input_batch.num_reqs + 1]
+    zeros = torch.zeros_like(starts[1:])
+    return SamplerOutput(
+        sampled_token_ids=zeros[:, None].long(),
+        logprobs_tensors=None,
+        num_nans=zeros,
+        num_sampled=zeros,
+        num_rejected=starts.diff(),
+    )
+
+
+def _join_scores(records: Sequence[LogprobRecord | None], places: Tensor) -> LogprobsTensors | None:
     """The scores of a batch in vLLM's form: rows of all requests, padded to one width.
 
-    Those of request i begin at row cu_num_generated_tokens[i]; there may be more of them than
-    tokens that count. None if no request has any.
+    places int64 [num_reqs, width]: which of each request's. Those of request i begin at row
+    cu_num_generated_tokens[i]; there may be more of them than tokens that count. None if nobody
+    asks.
     """
-    given = [part for part in scores if part is not None]
+    parts = [None if rec is None else rec.of(own) for rec, own in zip(records, places, strict=True)]
+    given = [part for part in parts if part is not None]
     if not given:
         return None
     width = max(part.token_ids.shape[1] for part in given)
 
-    def padded(parts: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])
+    def padded(columns: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(column, (0, width - column.shape[1])) for column in columns])
 
-    lengths = [0 if part is None else len(part.ranks) for part in scores]
+    lengths = [0 if part is None else len(part.ranks) for part in parts]
     return LogprobsTensors(
         padded([part.token_ids for part in given]),
         padded([part.logprobs for part in given]),

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from copy import copy
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
@@ -38,10 +37,10 @@ NOT_NUMBERS = "logits that are not numbers"
 class DenoisingScheduler(Scheduler):
     """Deltas to vLLM's scheduler; admission, pages and preemption stay its own.
 
-    A request's masks stand behind its prompt from the start, so that pages and token budget
-    count the whole sequence and vLLM never splits it (chunked prefill is off). After each step
-    the request is back at zero computed tokens. Steps are counted here, so that with async
-    scheduling no step is sent beyond a request's last.
+    A request's masks stand behind its prompt from the start, so that pages count the whole sequence
+    and vLLM never splits it (chunked prefill is off). Before a step a request has as many computed
+    tokens as leave those that the step computes (its plan says which, steps.py); after it, none.
+    Steps are counted here, so that with async scheduling no step is sent beyond a request's last.
 
     Requests may outgrow the token budget together: turns.py says who takes part in a step, and
     vLLM is shown only those.
@@ -55,9 +54,10 @@ class DenoisingScheduler(Scheduler):
         self.num_sampled_tokens_per_step = 0
         self.reader = RequestReader(self.vllm_config)
         self.mask_token_id: int = self.vllm_config.model_config.hf_config.mask_token_id
-        self.progress: WeakKeyDictionary[Request, Progress] = WeakKeyDictionary()
+        self.progress: dict[str, Progress] = {}  # by request id, as the claims
+        self.claims: dict[str, Claim] = {}
         self.tally = Tally()
-        self.shortest_first = True  # in the coming step, if not everybody fits
+        self.shortest_first = True  # in the coming step, if not all fit
 
     def add_request(self, request: Request) -> None:
         """Queue a request with its canvas; unseeded ones get a seed that all workers share."""
@@ -68,41 +68,55 @@ class DenoisingScheduler(Scheduler):
             # Temperature 0 repeats itself, as vLLM's users expect, also where places are drawn.
             params.seed = random.getrandbits(63) if params.temperature > 0 else 0
         self._mask_rest(request)
-        self.progress[request] = self._read(request)
-        self.tally.admit(self.progress[request])
+        progress = self.progress[request.request_id] = self._read(request)
+        self.tally.admit(progress)
+        self.claims[request.request_id] = self._claim(request)
         super().add_request(request)
 
     def _read(self, request: Request) -> Progress:
-        params = request.sampling_params
+        params, prompt_len = request.sampling_params, request.num_prompt_tokens
         assert params is not None
         reason = reason_for(self.reader.sparse_config, params.extra_args or {})
-        return Progress.of(*self.reader.read(params, request.num_prompt_tokens), reason)
+        return Progress.of(self.reader.plan(params, prompt_len), reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        chosen = self._take_turns()
+        granted = self._take_turns()
+        chosen = [claim.request for claim in granted]
         taking_part = set(chosen)
         for request in self.running:
             if request not in taking_part:
                 # schedule() counts current_step up before it looks.
                 request.next_decode_eligible_step = self.current_step + 2
-        with self._showing(
-            [request for request in chosen if request.status is not RequestStatus.RUNNING]
-        ):
-            return super().schedule(throttle_prefills)
+        for claim in granted:
+            # vLLM grants what is not computed yet.
+            claim.request.num_computed_tokens = claim.tokens - claim.rows
+        waiting = [request for request in chosen if request.status is not RequestStatus.RUNNING]
+        with self._showing(waiting):
+            output = super().schedule(throttle_prefills)
+        for request in chosen:
+            request.num_computed_tokens = 0
+        return output
 
-    def _take_turns(self) -> list[Request]:
-        """Who takes part in the coming step, in the order of admission.
+    def _take_turns(self) -> list[Claim]:
+        """The requests that take part in the coming step, in the order of admission.
 
         Requests with all their steps in flight do not.
         """
-        able = [request for request in self.running if self.progress[request].steps_left > 0]
+        running = [r.request_id for r in self.running]
+        claims = [self._claim_of(i, True) for i in running if self.progress[i].steps_left > 0]
         if self.pause_state is PauseState.UNPAUSED:
-            able += islice(self.waiting, _MOST_WAITING)
-        claims = [self._claim(request) for request in able]
+            front = islice(self.waiting, _MOST_WAITING)
+            claims += [self._claim_of(request.request_id, False) for request in front]
         granted = take_turns(claims, self._room(), shortest_first=self.shortest_first)
         if len(granted) < len(claims):
             self.shortest_first = not self.shortest_first
-        return [claim.request for claim in granted]
+        return granted
+
+    def _claim_of(self, request_id: str, is_running: bool) -> Claim:
+        claim = self.claims[request_id]
+        claim.is_running = is_running
+        claim.rows = self.progress[request_id].cursor.num_rows if is_running else claim.tokens
+        return claim
 
     def _claim(self, request: Request) -> Claim:
         return Claim(
@@ -110,27 +124,18 @@ class DenoisingScheduler(Scheduler):
             request.num_tokens,
             request.arrival_time,
             priority=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
-            is_running=request.status is RequestStatus.RUNNING,
             pages=-(-request.num_tokens // self.block_size),
-            table_tokens=self._table_tokens(request),
         )
 
     def _room(self) -> Room:
         """What the coming step can hold.
 
-        Memory profiling set tables aside for as many tokens as a step has. With nothing running,
-        pages are vLLM's to judge: its reserve does not count then.
+        With nothing running, pages are vLLM's to judge: its reserve does not count then.
         """
-        budget = self.max_num_scheduled_tokens
         manager = self.kv_cache_manager
         free = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
-        tables = sum(self._table_tokens(request) for request in self.running)
         seats = min(self.max_num_running_reqs, self.max_num_active_reqs) - len(self.running)
-        return Room(budget, seats, free if self.running else math.inf, budget - tables)
-
-    def _table_tokens(self, request: Request) -> int:
-        """The tokens whose key blocks its table lists; none if it ends before it records one."""
-        return request.num_tokens if self.progress[request].attention == "sparse" else 0
+        return Room(self.max_num_scheduled_tokens, seats, free if self.running else math.inf)
 
     @contextmanager
     def _showing(self, chosen: list[Request]) -> Iterator[None]:
@@ -150,12 +155,10 @@ class DenoisingScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            self.progress[self.requests[new.req_id]].start()
+            self.progress[new.req_id].start()
         for req_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[req_id]
-            request.num_computed_tokens = 0
             # Sent is run: what is aborted or preempted meanwhile costs its step all the same.
-            self.tally.take_step(self.progress[request])
+            self.tally.take_step(self.progress[req_id])
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -185,18 +188,18 @@ class DenoisingScheduler(Scheduler):
         tables: dict[str, TableCount] = model_runner_output.sampling_masks or {}
         for req_id, table in tables.items():
             self.tally.record(table)
-            if req_id in self.requests:
-                self.progress[self.requests[req_id]].note_table(table)
+            if req_id in self.progress:
+                self.progress[req_id].note_table(table)
 
     def _table_bytes(self) -> int:
         """What the tables of all running requests take on each rank."""
-        tables = [self.progress[request].table for request in self.running]
+        tables = [self.progress[request.request_id].table for request in self.running]
         return sum(table.num_bytes for table in tables if table)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        progress = self.progress[request]
+        progress = self.progress[request.request_id]
         self.tally.hand_out(progress, len(new_token_ids))
         # The base class appends to the sequence and compares its length with the limits.
         del request._all_token_ids[request.num_prompt_tokens + request.num_output_tokens :]
@@ -213,6 +216,7 @@ class DenoisingScheduler(Scheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("Request finished: %s", self._summary(request))
+        del self.progress[request.request_id], self.claims[request.request_id]
         return super()._free_request(request, delay_free_blocks)
 
     def _summary(self, request: Request) -> str:
@@ -222,7 +226,7 @@ class DenoisingScheduler(Scheduler):
             "prompt_tokens": request.num_prompt_tokens,
             "tokens": request.num_output_tokens,
             "max_tokens": request.max_tokens,
-            **self.progress[request].summary(),
+            **self.progress[request.request_id].summary(),
             "preemptions": request.num_preemptions,
         }
         return " ".join(f"{name}={value}" for name, value in facts.items())

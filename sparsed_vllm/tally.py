@@ -2,13 +2,11 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What requests have cost so far, as the scheduler counts it: for metrics and the log."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sparsed_vllm.config import Sparsity
-from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.phases import Phase, Schedule, phase_of, recording_step, resume_step
+from sparsed_vllm.steps import Cursor, Phase, Plan, Source, Step
 
 
 class TableCount(NamedTuple):
@@ -28,56 +26,74 @@ class Progress:
     """How far one request is, and what it has cost, preempted work included.
 
     reason: why it runs sparse or dense: `length`, `request`, `backend` or `steps`
-    step: the one it takes next;  steps: how many it took, by phase
+    cursor: the step it takes next;  steps: how many it took, by phase;  num_light: light ones
+    num_rows: tokens that its steps computed;  num_chosen: of these, context that the device chose
     num_final: places handed out;  table: its own since its recording step was heard of
     """
 
-    params: DenoisingParams
-    sparsity: Sparsity | None
+    cursor: Cursor
     reason: str
-    schedule: Schedule
-    step: int = 0
     num_final: int = 0
     steps: Counter[str] = field(default_factory=Counter)
+    num_light: int = 0
+    num_rows: int = 0
+    num_chosen: int = 0
     table: TableCount | None = None
 
     @classmethod
-    def of(cls, params: DenoisingParams, sparsity: Sparsity | None, reason: str) -> "Progress":
-        schedule = Schedule.of(params)
-        if sparsity and recording_step(params.steps, sparsity.skip) >= schedule.num_steps:
-            reason = "steps"
-        return cls(params, sparsity, reason, schedule)
+    def of(cls, plan: Plan, reason: str) -> "Progress":
+        has_too_few = plan.sparsity is not None and plan.recording_step is None
+        return cls(Cursor(plan), "steps" if has_too_few else reason)
+
+    @property
+    def plan(self) -> Plan:
+        return self.cursor.plan
 
     @property
     def attention(self) -> str:
         """`sparse` if the request comes to record a table."""
-        return "sparse" if self.sparsity and self.reason != "steps" else "dense"
+        return "dense" if self.plan.recording_step is None else "sparse"
+
+    @property
+    def reuse(self) -> str:
+        """`on` if the request reuses keys and values between steps."""
+        return "off" if self.plan.reuse is None else "on"
 
     @property
     def steps_left(self) -> int:
-        return self.schedule.num_steps - self.step
+        return self.cursor.steps_left
 
     @property
-    def phase(self) -> Phase:
-        """How its next step attends."""
-        if self.sparsity is None:
-            return Phase.DENSE
-        return phase_of(self.step, self.params.steps, self.sparsity.skip)
+    def passes(self) -> float:
+        """How often its sequence was computed, in whole sequences."""
+        return self.num_rows / self.plan.length
 
     def start(self) -> None:
         """It starts or, after a preemption, goes on; its table is gone with its pages."""
-        self.step = resume_step(self.schedule, self.num_final, self.sparsity is not None)
+        self.cursor.restart(self.num_final)
         self.table = None
+
+    def take_step(self) -> Step:
+        """Count its next step, and return it."""
+        step = self.cursor.advance()
+        self.steps[step.phase.value] += 1
+        self.num_light += step.source is Source.PAGES
+        self.num_rows += step.num_rows
+        self.num_chosen += step.num_chosen
+        return step
 
     def note_table(self, table: TableCount) -> None:
         """Take the count of its table, unless that comes from before a preemption."""
-        if self.sparsity and self.step > recording_step(self.params.steps, self.sparsity.skip):
+        recorded = self.plan.recording_step
+        if recorded is not None and self.cursor.step > recorded:
             self.table = table
 
     def summary(self) -> dict[str, object]:
         """The request's costs by name, for its line in the log."""
         steps = {f"steps_{phase.value}": self.steps[phase.value] for phase in Phase}
-        costs = {**steps, "attention": self.attention, "reason": self.reason}
+        costs = {**steps, "attention": self.attention, "reason": self.reason, "reuse": self.reuse}
+        costs |= {"steps_light": self.num_light, "rows": self.num_rows, "chosen": self.num_chosen}
+        costs["passes"] = f"{self.passes:.2f}"
         if self.table is None:
             return costs
         kept, possible, num_bytes = self.table
@@ -93,19 +109,23 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, float] = defaultdict(int)
 
     def admit(self, progress: Progress) -> None:
         self.counts[f"requests/{progress.attention}/{progress.reason}"] += 1
+        self.counts[f"requests_by_reuse/{progress.reuse}"] += 1
 
     def take_step(self, progress: Progress) -> None:
         """Count the request's next step, which is on its way to the workers."""
-        block, _ = progress.schedule.locate(progress.step)
+        step, length = progress.take_step(), progress.plan.length
         self.counts["denoising_steps"] += 1
-        self.counts["canvas_positions"] += block.size
-        self.counts[f"steps/{progress.phase.value}"] += 1
-        progress.steps[progress.phase.value] += 1
-        progress.step += 1
+        self.counts["canvas_positions"] += step.block.size
+        self.counts[f"steps/{step.phase.value}"] += 1
+        self.counts[f"steps_by_source/{step.source.value}"] += 1
+        self.counts["computed_rows"] += step.num_rows
+        self.counts["possible_rows"] += length
+        self.counts["chosen_tokens"] += step.num_chosen
+        self.counts["passes"] += step.num_rows / length
 
     def hand_out(self, progress: Progress, num_tokens: int) -> None:
         """Count places that will not change any more."""
@@ -114,14 +134,15 @@ class Tally:
 
     def stop(self, progress: Progress) -> None:
         """Count a request that EOS or a stop token ended, if that spared it a block."""
-        self.counts["early_stops"] += progress.num_final < progress.params.num_tokens
+        self.counts["early_stops"] += progress.num_final < progress.plan.params.num_tokens
 
     def record(self, table: TableCount) -> None:
         self.counts["tables"] += 1
         self.counts["kept_blocks"] += table.kept
         self.counts["possible_blocks"] += table.possible
 
-    def take(self) -> dict[str, int]:
+    def take(self) -> dict[str, float]:
         """All counts, which start again at zero."""
-        taken, self.counts = dict(self.counts), Counter()
+        taken = dict(self.counts)
+        self.counts.clear()
         return taken

@@ -1,100 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Who takes part in a step when not everybody fits: every other step goes to the shortest."""
+"""Which requests a step serves when not all fit: every other step goes to the shortest."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Claim:
-    """A request that could take part in the coming step.
+    """A request that could take part in the coming step. Made once, as sorting reads its keys.
 
     request: whose claim it is
-    tokens: its prompt and canvas, which a step computes whole
+    tokens: its prompt and canvas
     arrival: when it came; the lower, the older
     priority: those with a lower one come first (0 where priorities do not count)
-    is_running: whether it has its seat and pages already
-    pages, table_tokens: pages and tokens of sparse tables that it takes for itself
+    rows: tokens that its coming step computes; 0: all
+    is_running: whether it has its seat and pages already;  pages: that it takes
     """
 
     request: Any
     tokens: int
     arrival: float
     priority: int = 0
+    rows: int = 0
     is_running: bool = False
     pages: int = 0
-    table_tokens: int = 0
+    by_age: tuple[int, float] = field(init=False)
+    by_length: tuple[int, int, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or self.tokens
+        self.by_age = (self.priority, self.arrival)
+        self.by_length = (self.priority, self.tokens.bit_length(), self.arrival)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Room:
-    """What is free: tokens in the step and, for requests that do not run yet, all the rest."""
+    """What is free: rows in the step and, for requests that do not run yet, all the rest."""
 
     tokens: int
     seats: int
     pages: float
-    table_tokens: int
 
-    def less(self, claim: Claim) -> "Room | None":
-        """The room beside `claim`; None if it does not fit."""
-        room = replace(self, tokens=self.tokens - claim.tokens)
+    def take(self, claim: Claim) -> bool:
+        """Take what `claim` needs, if it is there."""
+        if claim.rows > self.tokens:
+            return False
         if not claim.is_running:
-            room = replace(
-                room,
-                seats=self.seats - 1,
-                pages=self.pages - claim.pages,
-                table_tokens=self.table_tokens - claim.table_tokens,
-            )
-        fits = min(room.tokens, room.seats, room.pages, room.table_tokens) >= 0
-        return room if fits or (claim.is_running and room.tokens >= 0) else None
+            if self.seats < 1 or claim.pages > self.pages:
+                return False
+            self.seats -= 1
+            self.pages -= claim.pages
+        self.tokens -= claim.rows
+        return True
 
 
 def take_turns(claims: Iterable[Claim], room: Room, *, shortest_first: bool) -> list[Claim]:
     """The claims that are granted in a step, in their order.
 
-    Oldest first: whoever is oldest takes part, so that everybody's time comes; and a request
-    that does not run yet is not overtaken by others that do not.
+    Oldest first: the oldest always takes part, so no request starves; and a request that does not
+    run yet is not overtaken by others that do not.
     shortest_first: by length instead, in classes that double, and by age within a class: long
         requests do not hold up short ones, and equals do not crowd each other out. What an older
         request lacks in order to run at all is not given to a younger one even so.
     """
-    claims = sorted(claims, key=_by_age)
-    may_start = _unhindered([claim for claim in claims if not claim.is_running], room)
+    room = replace(room)
+    by_age = sorted(claims, key=attrgetter("by_age"))
     if shortest_first:
-        claims.sort(key=_by_length)
-    chosen: list[Claim] = []
+        by_age = _unhindered(by_age, room)
+        by_age.sort(key=attrgetter("by_length"))
+    granted: list[Claim] = []
     queue_is_held = False
-    for claim in claims:
-        if not claim.is_running and (queue_is_held or claim not in may_start):
-            continue
-        left = room.less(claim)
-        if left is not None:
-            room = left
-            chosen.append(claim)
-        elif not claim.is_running:
-            queue_is_held = not shortest_first
-    return chosen
-
-
-def _unhindered(newcomers: list[Claim], room: Room) -> set[Claim]:
-    """Those of `newcomers`, oldest first, that take nothing an older one lacks."""
-    found = set()
-    tables_are_short = False
-    for claim in newcomers:
-        if room.seats < 1 or room.pages < claim.pages:
+    for claim in by_age:
+        if room.tokens < 1:
             break
-        if claim.table_tokens > (0 if tables_are_short else room.table_tokens):
-            tables_are_short = True
+        if queue_is_held and not claim.is_running:
             continue
-        found.add(claim)
-    return found
+        if room.take(claim):
+            granted.append(claim)
+        elif not (claim.is_running or shortest_first):
+            queue_is_held = True
+    return granted
 
 
-def _by_age(claim: Claim) -> tuple[int, float]:
-    return claim.priority, claim.arrival
-
-
-def _by_length(claim: Claim) -> tuple[int, int, float]:
-    return claim.priority, claim.tokens.bit_length(), claim.arrival
+def _unhindered(claims: list[Claim], room: Room) -> list[Claim]:
+    """Running requests and, oldest first, newcomers up to one that lacks a seat or pages."""
+    if room.seats < 1:
+        return [claim for claim in claims if claim.is_running]
+    for place, claim in enumerate(claims):
+        if claim.pages > room.pages and not claim.is_running:
+            return claims[:place] + [claim for claim in claims[place:] if claim.is_running]
+    return claims

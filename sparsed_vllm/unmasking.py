@@ -1,44 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Logits -> a token and a confidence for every masked place -> the places a step fills.
+"""Which policy chooses tokens, how sure it is of them, and which places a step fills."""
 
-One request at a time, so that a request's tokens cannot depend on its batch mates.
-"""
+from __future__ import annotations
 
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.choice import Choice, Confidence, Forbidden
+from sparsed_vllm.kernels.choice import Choice, Confidence
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.phases import Block, even_share
+
+if TYPE_CHECKING:
+    from sparsed_vllm.canvases import CanvasStep
 
 _CONFIDENCES: dict[str, Confidence] = {"topk_margin": "margin", "entropy": "entropy"}
 """Of the policies for which it is not the chosen token's probability."""
 
 
-def choose_tokens(
-    logits: Tensor, params: DenoisingParams, forbidden: Forbidden, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The token each row would be filled with, and how sure that is.
+def choice_of(params: DenoisingParams) -> Choice:
+    """How a request's tokens are chosen, and what is called confidence.
 
-    logits [rows, vocab], only read;  forbidden: tokens that are not chosen
-    generator: on the device of `logits`; its seed is that of the draws
-    Returns tokens int64 [rows], confidence float32 [rows], higher is surer, and the largest logit
-    of each row, which is a number unless one of the row is none, or infinite.
-    """
-    choice = _choice_of(params, generator.initial_seed())
-    tokens, confidence, largest = api.choose_tokens(logits, choice, forbidden)
-    if params.policy == "random":
-        confidence = _uniform(tokens, generator).float()
-    return tokens, confidence, largest
-
-
-def _choice_of(params: DenoisingParams, seed: int) -> Choice:
-    """LLaDA asks how likely a token is by the logits as they are, Dream by what it draws from.
-
+    LLaDA asks how likely a token is by the logits as they are, Dream by what it draws from.
     Sources: generate in ML-GSAI/LLaDA generate.py; sample_tokens in DreamLM/Dream
     generation_utils.py, which at temperature 0 cuts nothing off. Its 1e-10 in the logarithm of an
     entropy, which adds vocab * 1e-10 at most, is left out.
@@ -48,77 +32,54 @@ def _choice_of(params: DenoisingParams, seed: int) -> Choice:
     else:
         tempered, top_p, top_k = True, params.top_p, params.top_k
     confidence = _CONFIDENCES.get(params.policy, "probability")
-    return Choice(params.temperature, seed, tempered, top_p, top_k, confidence)
+    return Choice(params.temperature, tempered, top_p, top_k, confidence)
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Float64 in [0, 1) of the shape of `like`: in fewer bits Gumbel noise distorts the draw
-    (arXiv 2409.02908)."""
-    return torch.rand(like.shape, dtype=torch.float64, device=like.device, generator=generator)
+def draws_places(params: DenoisingParams) -> bool:
+    """Whether chance has a part in which places are filled."""
+    return params.policy in ("random", "origin") or params.alg_temp > 0
 
 
-def _gumbel(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Scores whose argmax is a draw from softmax(scores)."""
-    return scores.double() - (-_uniform(scores, generator).log()).log()
+def choose_places(step: CanvasStep, confidence: Tensor, uniform: Tensor | None) -> Tensor:
+    """Which rows of a step are filled: each request's surest, and those that its policy adds.
 
+    A request fills its `num_filled` surest places (with a threshold: one), where chance may stand
+    in for confidence (LLaDA's `random`); every place at least `threshold` sure (get_transfer_index
+    in NVlabs/Fast-dLLM llada/generate.py); and each place with probability `share` (Dream's
+    `origin`).
 
-def choose_places(
-    confidence: Tensor, count: int, params: DenoisingParams, generator: torch.Generator
-) -> Tensor:
-    """Which of the open places a step fills: the `count` surest, or as Dream draws them.
-
-    confidence [places], -inf where a place is not open.  Returns bool [places].
+    confidence float [num_rows];  uniform float64 [num_rows]: None: there is nothing to draw
+    Returns bool [num_rows].
     """
-    if params.threshold is not None:
-        return _over_threshold(confidence, params.threshold)
-    if params.alg_temp > 0:
-        confidence = _gumbel(confidence / params.alg_temp, generator)
-    chosen = torch.zeros_like(confidence, dtype=torch.bool)
-    return chosen.scatter(0, confidence.topk(count).indices, True)
+    is_open = step.places >= 0
+    scores = confidence.double()
+    if uniform is not None:
+        scores = torch.where(step["by_chance"][step.reqs] > 0, uniform, scores)
+        scores = _with_gumbel(scores, step["alg_temp"][step.reqs], uniform)
+    ranks = _ranks(step, scores.masked_fill(~is_open, float("-inf")))
+    chosen = ranks < step["num_filled"][step.reqs]
+    chosen |= confidence >= step["threshold"].float()[step.reqs]
+    if uniform is not None:
+        chosen |= uniform < step["share"][step.reqs]
+    return chosen & is_open
 
 
-def _over_threshold(confidence: Tensor, threshold: float) -> Tensor:
-    """Every place at least `threshold` sure, and the surest one.
+def _ranks(step: CanvasStep, scores: Tensor) -> Tensor:
+    """Each row's rank among its request's, the highest score first; int64 [num_rows]."""
+    rows = torch.arange(len(scores), device=scores.device)
+    columns = rows - step.count("row_start")[step.reqs]
+    table = scores.new_full((len(step.slots), step.most("num_open")), float("-inf"))
+    table[step.reqs, columns] = scores
+    order = table.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)[step.reqs, columns]
 
-    Source: get_transfer_index in NVlabs/Fast-dLLM llada/generate.py.
+
+def _with_gumbel(confidence: Tensor, alg_temp: Tensor, uniform: Tensor) -> Tensor:
+    """Where alg_temp is over 0: scores whose largest are drawn from softmax(confidence / alg_temp).
+
+    All float64 [num_rows]. In fewer bits Gumbel noise distorts the draw (arXiv 2409.02908).
+    Source: _sample in DreamLM/Dream generation_utils.py.
     """
-    surest = confidence.argmax()
-    return ((confidence >= threshold) | _is(surest, confidence)) & confidence.isfinite()
-
-
-def _is(index: Tensor, like: Tensor) -> Tensor:
-    return torch.arange(like.shape[0], device=like.device) == index
-
-
-def draw_places(open_places: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Each open place with probability `share`: Dream's `origin`.
-
-    open_places bool [places].  Returns bool [places].
-    """
-    return (_uniform(open_places, generator) < share) & open_places
-
-
-# Few, as clients choose both, and the shares of 100,000 steps take 3 MiB.
-@lru_cache(maxsize=32)
-def dream_shares(steps: int, eps: float) -> tuple[float, ...]:
-    """[steps] the share of the masked places that each step fills, 1 - s / t in float32.
-
-    Source: _sample in DreamLM/Dream generation_utils.py; the last step fills what is left.
-    """
-    timesteps = torch.linspace(1, eps, steps + 1)
-    shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
-    return (*shares[:-1], 1.0)
-
-
-def places_per_step(block: Block, params: DenoisingParams) -> list[int]:
-    """[block.steps] how many places each step of `block` fills, where that is known beforehand.
-
-    The rule of the family that `params.policy` belongs to; not for `origin` or a threshold.
-    """
-    if params.policy in ("low_confidence", "random"):
-        return [even_share(block.size, block.steps, step) for step in range(block.steps)]
-    left, counts = block.size, []
-    for share in dream_shares(block.steps, params.eps):
-        counts.append(int(torch.tensor(float(left)) * torch.tensor(share)))
-        left -= counts[-1]
-    return counts
+    gumbel = -(-uniform.log()).log()
+    return torch.where(alg_temp > 0, confidence / alg_temp.clamp(min=1e-300) + gumbel, confidence)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from checkpoints import write_dream, write_llada
 
+MAY_REUSE = {"reuse": {"by_default": 0}}
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, with the reason, where there is none."""
@@ -45,10 +47,54 @@ def llada(llada_path):
 
 
 @pytest.fixture(scope="session")
+def async_llada(llada_path):
+    return start_async_engine(llada_path)
+
+
+def start_async_engine(path, **kwargs):
+    """An engine that schedules a step while another runs, which the CPU platform would forbid."""
+    from engines import start_engine
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    settle = platform.check_and_update_config.__func__
+
+    def settle_async(cls, config):
+        settle(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "check_and_update_config", classmethod(settle_async))
+        llm = start_engine(path, async_scheduling=True, **kwargs)
+    assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
+    return llm
+
+
+@pytest.fixture(scope="session")
 def dream(dream_path):
     from engines import start_engine
 
     return start_engine(dream_path)
+
+
+@pytest.fixture(scope="session")
+def reusing_llada(llada_path):
+    """An engine whose requests may reuse keys and values, and do not unless they ask."""
+    from engines import start_engine
+
+    return start_engine(llada_path, additional_config=MAY_REUSE)
+
+
+@pytest.fixture(scope="session")
+def reusing_dream(dream_path):
+    from engines import start_engine
+
+    return start_engine(dream_path, additional_config=MAY_REUSE)
+
+
+@pytest.fixture(scope="session")
+def async_reusing_llada(llada_path):
+    return start_async_engine(llada_path, additional_config=MAY_REUSE)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 
 from sparsed_vllm.config import SparseConfig, Sparsity, choose_sparsity
 from sparsed_vllm.params import BadRequest
-from sparsed_vllm.phases import Phase, phase_of, recording_step
+from sparsed_vllm.steps import Phase, phase_of, recording_step
 
 DEFAULTS = SparseConfig()
 

@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What an operator allows, and what a client is told who asks for more."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sparsed_vllm.families import LLADA
-from sparsed_vllm.limits import DEFAULT_MAX_TOKENS, Limits
+from sparsed_vllm.limits import DEFAULT_MAX_TOKENS, Limits, wants_early_errors
 from sparsed_vllm.params import BadRequest, parse_params
 
 
@@ -92,3 +94,17 @@ def test_clients_may_set_what_the_operator_lists():
         some.check_fields({"remasking": "random"})
     with pytest.raises(BadRequest, match="set none of these parameters"):
         limits(request_fields=[]).check_fields({"steps": 4})
+
+
+def test_early_errors_are_off_unless_the_operator_of_one_of_our_models_asks():
+    def wants(architecture, settings):
+        model = SimpleNamespace(architecture=architecture)
+        return wants_early_errors(SimpleNamespace(model_config=model, additional_config=settings))
+
+    asked = {"denoising": {"early_errors": 1}}
+    assert wants("DreamModel", asked)
+    assert not wants("DreamModel", {})
+    assert not wants("DreamModel", {"denoising": {"early_errors": 0}})
+    assert not wants("LlamaForCausalLM", asked)
+    with pytest.raises(BadRequest, match=r"denoising\.early_errors must be 0 or 1"):
+        wants("DreamModel", {"denoising": {"early_errors": 2}})

@@ -36,16 +36,6 @@ def test_no_alternatives_may_be_asked_for(logits):
     assert scores.token_ids.shape == (20, 1)
 
 
-def test_many_rows_are_scored_in_parts(logits, monkeypatch):
-    tokens, rows = logits.argmin(-1), torch.arange(20)
-    whole = score_tokens(logits, tokens, 2, MASK)
-    monkeypatch.setattr("sparsed_vllm.logprobs._ELEMENTS_AT_ONCE", 150)
-    record = LogprobRecord(20, 2, MASK, logits.device)
-    record.note(logits, rows, tokens, rows)
-    assert torch.equal(whole.logprobs, record.of(rows).logprobs)
-    assert torch.equal(whole.token_ids, record.of(rows).token_ids)
-
-
 def test_narrow_logits_are_scored_in_float32(logits):
     narrow, tokens = logits.bfloat16(), logits.argmax(-1)
     got, want = (score_tokens(some, tokens, 2, MASK) for some in (narrow, narrow.float()))
@@ -53,13 +43,13 @@ def test_narrow_logits_are_scored_in_float32(logits):
 
 
 def test_a_record_holds_what_was_filled_and_no_padding(logits):
-    record = LogprobRecord(6, 1, MASK, logits.device)
+    record = LogprobRecord(6, 1, logits.device)
     tokens = logits.argmax(-1)
     places = torch.tensor([1, 2, 4, 5, -1])
-    record.note(logits[:5], places, tokens[:5], torch.tensor([3, 0, -1, -1]))
+    chosen = torch.tensor([1, 0, 0, 1, 0], dtype=torch.bool)
+    scores = score_tokens(logits[:5], tokens[:5], 1, MASK)
+    record.note(scores, places, chosen)
     got = record.of(torch.arange(6))
-    expected = score_tokens(logits[[0, 3]], tokens[[0, 3]], 1, MASK)
-    assert torch.equal(got.logprobs[[1, 5]], expected.logprobs)
-    assert torch.equal(got.token_ids[[1, 5]], expected.token_ids)
+    assert torch.equal(got.logprobs[[1, 5]], scores.logprobs[[0, 3]])
+    assert torch.equal(got.token_ids[[1, 5]], scores.token_ids[[0, 3]])
     assert not got.logprobs[[0, 2, 3, 4]].any()
-    record.note(logits[:0], places[:0], tokens[:0], places[:0])

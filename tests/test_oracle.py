@@ -14,6 +14,8 @@ from oracle import (
     Layer,
     LogitsFn,
     Network,
+    Run,
+    assert_same_tokens,
     dream_count,
     dream_generate,
     llada_generate,
@@ -184,6 +186,19 @@ def test_a_tie_is_reported_and_a_clear_run_is_not():
     assert not llada_generate(random_logits(), PROMPT, **options).met_a_tie()
 
 
+def test_a_comparison_that_compares_too_little_fails():
+    def run(ids, closest):
+        return Run(ids, forwards=1, closest=closest, logprobs=[0.0])
+
+    decided, tied = run([1], 1.0), run([2], 0.0)
+    assert_same_tokens([[1], [1], [1], [3]], [decided, decided, decided, tied])
+    with pytest.raises(AssertionError):
+        assert_same_tokens([[2]], [decided])
+    for actual, expected in (([], []), ([[2]], [tied]), ([[1], [2]], [decided, tied])):
+        with pytest.raises(AssertionError, match="met no tie"):
+            assert_same_tokens(actual, expected)
+
+
 def second_network(net: Network, ids: Tensor) -> Tensor:
     """The same network out of PyTorch's own pieces and complex rotations.
 
@@ -193,8 +208,8 @@ def second_network(net: Network, ids: Tensor) -> Tensor:
     for layer in net.layers:
         x = x + second_attention(net, layer, rms_norm(x, x.shape[-1:], layer.attn_norm, net.eps))
         h = rms_norm(x, x.shape[-1:], layer.mlp_norm, net.eps)
-        gate, up = h @ layer.gate[0].T, h @ layer.up[0].T
-        x = x + (gate / (1 + gate.neg().exp()) * up) @ layer.down[0].T
+        gate, up = h @ layer.mlp.gate[0].T, h @ layer.mlp.up[0].T
+        x = x + (gate / (1 + gate.neg().exp()) * up) @ layer.mlp.down[0].T
     return rms_norm(x, x.shape[-1:], net.norm, net.eps) @ net.head.T
 
 

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What is installed, what it imports, and that kernels/ and patches/ ship inside our package."""
 
-import ast
 import importlib.util
 import shutil
 import subprocess
@@ -35,37 +34,29 @@ SOURCES = {
 }
 """Dotted name of each of our modules (a package's ends in __init__) -> its file."""
 
-PURE = {
-    f"sparsed_vllm.{name}"
-    for name in ("params", "phases", "families", "config", "crossover", "tally")
-}
+MODULES = {module.removesuffix(".__init__") for module in SOURCES}
+KERNELS = {module for module in MODULES if f"{module}.".startswith("sparsed_vllm.kernels.")}
+PURE = {f"sparsed_vllm.{name}" for name in ("params", "families", "models.registry", "config")}
 FREE_OF_VLLM = {
     f"sparsed_vllm.{name}"
-    for name in ("unmasking", "canvas", "denoising", "pattern", "recorded_tables")
+    for name in ("steps", "tally", "turns", "unmasking", "canvases", "batch", "tables", "logprobs")
 }
 
 
-def imports_of(module: str) -> set[str]:
-    """Dotted names of all that a module of ours imports, wherever in the file it does so."""
-    found = set()
-    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join(module.split(".")[: -node.level]) if node.level else ""
-            origin = ".".join(filter(None, [package, node.module]))
-            found |= {f"{origin}.{alias.name}" for alias in node.names}
-    return found
-
-
-def outside(imports: set[str], allowed: set[str]) -> set[str]:
-    """The imports that are neither of the standard library nor of an allowed module."""
-    return {
-        name
-        for name in imports
-        if name.split(".")[0] not in sys.stdlib_module_names
-        and not any(f"{name}.".startswith(f"{module}.") for module in allowed)
-    }
+def loaded_by(modules: set[str], absent: set[str], folder: Path) -> set[str]:
+    """All that importing `modules` loads, in a process of its own where `absent` do not exist."""
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({sorted(absent)}))
+before = set(sys.modules)
+for module in {sorted(modules)}:
+    importlib.import_module(module)
+print("\\n".join(set(sys.modules) - before))
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -142,24 +133,24 @@ def test_our_kernels_folder_does_not_pose_as_the_package_of_that_name() -> None:
     assert not [place for place in places if place and Path(place).is_relative_to(ROOT)]
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_a_module_imports_kernels_and_patches_by_their_installed_names(module: str) -> None:
-    assert not {"kernels", "patches"} & {name.split(".")[0] for name in imports_of(module)}
+def test_modules_import_kernels_and_patches_by_their_installed_names(tmp_path: Path) -> None:
+    assert loaded_by(MODULES, absent={"kernels", "patches"}, folder=tmp_path) >= MODULES
 
 
-@pytest.mark.parametrize("module", sorted(PURE))
-def test_a_pure_module_imports_the_standard_library_and_pure_modules_only(module: str) -> None:
-    assert not outside(imports_of(module), PURE)
+def test_pure_modules_load_nothing_but_each_other(tmp_path: Path) -> None:
+    loaded = loaded_by(PURE, absent={"torch", "triton", "vllm", "transformers"}, folder=tmp_path)
+    others = {module for module in loaded if module.split(".")[0] not in sys.stdlib_module_names}
+    assert others == PURE | {"sparsed_vllm", "sparsed_vllm.models"}
 
 
-@pytest.mark.parametrize("module", sorted(FREE_OF_VLLM))
-def test_the_denoising_of_one_request_imports_no_vllm(module: str) -> None:
-    assert "vllm" not in {name.split(".")[0] for name in imports_of(module)}
+def test_the_denoising_of_one_request_needs_no_vllm(tmp_path: Path) -> None:
+    assert loaded_by(FREE_OF_VLLM, absent={"vllm"}, folder=tmp_path) >= FREE_OF_VLLM
 
 
-@pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("sparsed_vllm.kernels.")])
-def test_a_kernel_imports_torch_and_triton_only(module: str) -> None:
-    assert not outside(imports_of(module), {"torch", "triton", "sparsed_vllm.kernels"})
+def test_kernels_need_torch_and_triton_only(tmp_path: Path) -> None:
+    loaded = loaded_by(KERNELS, absent={"vllm", "transformers"}, folder=tmp_path)
+    ours = {module for module in loaded if module.split(".")[0] == "sparsed_vllm"}
+    assert ours == KERNELS | {"sparsed_vllm"}
 
 
 def test_a_checkout_on_the_path_is_whole(tmp_path):

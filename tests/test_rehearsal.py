@@ -8,23 +8,47 @@ import torch
 from sparsed_vllm import attention, rehearsal
 from sparsed_vllm.attention import SparsedImpl
 from sparsed_vllm.config import SparseConfig
+from sparsed_vllm.pages import PageLayout
+from sparsed_vllm.tables import TablePages
+
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("scoring_scale", [None, 0.5])
+def impl_of(max_model_len=1000):
+    tables = TablePages(num_heads=4, ids_per_token=8, dtype=torch.int16)
+    pages = PageLayout(2, 32, torch.float32, holds_kv=False, tables=tables)
+    sizes = {"max_num_tokens": 2000, "max_model_len": max_model_len}
+    return SparsedImpl(4, 32, 0.2, num_kv_heads=2, pages=pages, **sizes)
+
+
 @pytest.mark.parametrize("block_size", [16, 128])
-def test_a_rehearsal_records_and_follows_with_no_error(block_size, scoring_scale, monkeypatch):
-    monkeypatch.setattr(attention.logger, "exception", pytest.fail)
+def test_a_rehearsal_attends_records_and_follows(block_size, monkeypatch):
     ran, api = [], attention.api
-    for name in ("block_scores", "select_blocks", "block_sparse_attention"):
+    for name in ("dense_attention", "block_scores", "select_blocks", "block_sparse_attention"):
         monkeypatch.setattr(api, name, noting(ran, name, getattr(api, name)))
     compiled = []
     monkeypatch.setattr(api, "compile_selection", lambda *args: compiled.append(args))
-    impl = SparsedImpl(4, 32, 0.2, num_kv_heads=2, scoring_scale=scoring_scale)
-    cpu = torch.device("cpu")
     config = SparseConfig(block_size=block_size)
-    rehearsal.rehearse(impl, config, longest=1000, dtype=torch.float32, device=cpu)
-    assert ran == ["block_scores", "select_blocks", "block_sparse_attention"]
-    assert compiled == [(63, 4, torch.int16, cpu)]
+    rehearsal.rehearse(impl_of(), config, dtype=torch.float32, device=CPU)
+    assert ran == [
+        "dense_attention",
+        "dense_attention",
+        "block_scores",
+        "select_blocks",
+        "block_sparse_attention",
+        "block_sparse_attention",
+    ]
+    assert compiled == [(63, torch.int16, CPU)]
+
+
+@pytest.mark.parametrize("name", ["dense_attention", "block_scores", "block_sparse_attention"])
+def test_a_rehearsal_raises_what_a_kernel_raises(name, monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(attention.api, name, failing)
+    with pytest.raises(RuntimeError, match="out of registers"):
+        rehearsal.rehearse(impl_of(), SparseConfig(), dtype=torch.float32, device=CPU)
 
 
 def noting(ran, name, call):

@@ -6,16 +6,18 @@ import pytest
 
 from sparsed_vllm.config import SparseConfig, Sparsity, reason_for
 from sparsed_vllm.params import DenoisingParams
+from sparsed_vllm.reuse import Reuse
+from sparsed_vllm.steps import Plan
 from sparsed_vllm.tally import Progress, TableCount, Tally
 
 SPARSE = Sparsity(skip=0.2, select=0.3, block_size=16)
 TABLE = TableCount(kept=30, possible=100, num_bytes=500)
 
 
-def progress_of(sparsity=SPARSE, steps=10, num_tokens=20, reason="request", **params):
+def progress_of(sparsity=SPARSE, steps=10, num_tokens=20, reason="request", reuse=None, **params):
     block_length = params.pop("block_length", num_tokens)
     request = DenoisingParams(num_tokens, steps, block_length, "low_confidence", **params)
-    return Progress.of(request, sparsity, reason)
+    return Progress.of(Plan(request, sparsity, prompt_len=9, reuse=reuse), reason)
 
 
 def take_all(progress, tally):
@@ -33,7 +35,30 @@ def test_steps_are_counted_by_phase():
         "steps/dense": 3 + 10,
         "steps/recording": 1,
         "steps/sparse": 6,
+        "steps_by_source/fresh": 20,
+        "computed_rows": 20 * 29,
+        "possible_rows": 20 * 29,
+        "chosen_tokens": 0,
+        "passes": 20,
     }
+
+
+def test_light_steps_count_the_rows_that_they_compute():
+    tally = Tally()
+    progress = progress_of(None, reuse=Reuse(share=0.3, every=2, refresh=5))
+    tally.admit(progress)
+    take_all(progress, tally)
+    counts = tally.take()
+    assert counts["requests_by_reuse/on"] == 1
+    assert (counts["steps_by_source/fresh"], counts["steps_by_source/pages"]) == (2, 8)
+    # Whole at steps 0 and 5; 3 of 9 prompt tokens at steps 2, 4, 6 and 8.
+    rows = 2 * 29 + 8 * 20 + 4 * 3
+    assert (counts["computed_rows"], counts["possible_rows"]) == (rows, 10 * 29)
+    assert counts["chosen_tokens"] == 4 * 3
+    assert counts["passes"] == pytest.approx(rows / 29)
+    summary = progress.summary()
+    assert (summary["steps_light"], summary["rows"], summary["chosen"]) == (8, rows, 12)
+    assert (summary["passes"], summary["reuse"]) == (f"{rows / 29:.2f}", "on")
 
 
 def test_what_was_taken_counts_from_zero_again():
@@ -61,7 +86,7 @@ def test_a_dense_request_goes_on_where_it_handed_out_a_block():
         tally.take_step(progress)
     tally.hand_out(progress, 10)
     progress.start()
-    assert progress.step == 5
+    assert progress.cursor.step == 5
 
 
 def test_a_table_from_before_a_preemption_is_not_the_request_s():
@@ -86,7 +111,7 @@ def test_a_table_from_before_a_preemption_is_not_the_request_s():
 def test_every_request_has_a_reason(config, extra, sparsity, steps, expected):
     tally = Tally()
     tally.admit(progress_of(sparsity, steps, reason=reason_for(config, extra)))
-    assert tally.take() == {f"requests/{expected}": 1}
+    assert tally.take() == {f"requests/{expected}": 1, "requests_by_reuse/off": 1}
 
 
 @pytest.mark.parametrize(("handed_out", "is_early"), [(10, 1), (20, 0)])

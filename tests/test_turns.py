@@ -11,7 +11,7 @@ import pytest
 from sparsed_vllm.turns import Claim, Room, take_turns
 
 STEP = 1000  # tokens
-EMPTY = Room(STEP, seats=100, pages=math.inf, table_tokens=STEP)
+EMPTY = Room(STEP, seats=100, pages=math.inf)
 
 
 def claim(name, tokens, arrival, **rest):
@@ -20,7 +20,7 @@ def claim(name, tokens, arrival, **rest):
 
 def names(claims, room=EMPTY, *, shortest_first):
     granted = take_turns(claims, room, shortest_first=shortest_first)
-    assert sum(claim.tokens for claim in granted) <= room.tokens
+    assert sum(claim.rows for claim in granted) <= room.tokens
     return [claim.request for claim in granted]
 
 
@@ -73,11 +73,9 @@ def test_nobody_takes_the_seat_or_the_pages_that_an_older_request_lacks(room, sh
     assert names(claims, room, shortest_first=shortest_first) == ["runs"]
 
 
-def test_dense_requests_pass_one_that_waits_for_room_for_its_table():
-    room = replace(EMPTY, table_tokens=100)
-    claims = [claim("sparse", 900, 0, table_tokens=900), claim("dense", 10, 1)]
-    claims += [claim("young", 50, 2, table_tokens=50)]
-    assert names(claims, room, shortest_first=True) == ["dense"]
+def test_a_step_of_few_rows_leaves_room_for_others():
+    claims = [claim("light", 900, 0, rows=100, is_running=True), claim("whole", 900, 1)]
+    assert names(claims, shortest_first=False) == ["light", "whole"]
 
 
 def run(requests):

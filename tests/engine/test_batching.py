@@ -7,9 +7,8 @@ import random
 import pytest
 from engines import start_engine
 from vllm import SamplingParams
-from vllm.platforms import current_platform
 
-from sparsed_vllm.phases import Phase
+from sparsed_vllm.steps import Phase
 
 pytestmark = pytest.mark.engine
 
@@ -77,7 +76,7 @@ def assert_nothing_is_left(llm, free_pages):
     assert not len(scheduler.waiting)
     assert not len(scheduler.progress)
     assert not worker_state_of(llm).requests
-    assert not worker_state_of(llm).patterns
+    assert not worker_state_of(llm).logprobs
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free_pages
 
 
@@ -163,22 +162,29 @@ def test_aborts_leave_no_trace_and_harm_nobody(llada, free_pages):
     assert_nothing_is_left(llada, free_pages)
 
 
+def request_of(length, temperature, extra):
+    params = SamplingParams(
+        temperature=temperature,
+        seed=1,
+        max_tokens=16,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
+    )
+    return [5] * length, params
+
+
+PREEMPTED = [
+    {"block_length": 4, "steps": 9},
+    {"block_length": 4, "threshold": 0.01},
+    {"block_length": 8, "steps": 10, "remasking": "random"},
+]
+
+
+@pytest.mark.parametrize("extra", PREEMPTED, ids=str)
 @pytest.mark.parametrize("after", [1, 3, 5])
-def test_preempted_requests_give_the_same_tokens(llada, free_pages, after):
-    requests = [
-        (
-            [5] * length,
-            SamplingParams(
-                temperature=temperature,
-                seed=1,
-                max_tokens=16,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={"block_length": 4, "steps": 9},
-            ),
-        )
-        for length, temperature in ((1, 0.0), (40, 0.9), (200, 0.0))
-    ]
+def test_preempted_requests_give_the_same_tokens(llada, free_pages, after, extra):
+    requests = [request_of(*one, extra) for one in ((1, 0.0), (40, 0.9), (200, 0.0), (7, 0.9))]
     undisturbed = tokens(llada, requests)
     for i, request in enumerate(requests):
         add(llada, f"{i}", request)
@@ -187,7 +193,7 @@ def test_preempted_requests_give_the_same_tokens(llada, free_pages, after):
     while llada.llm_engine.has_unfinished_requests():
         finished += run_steps(llada, 1)
     got = {out.request_id.split("-")[0]: list(out.outputs[0].token_ids) for out in finished}
-    assert [got[str(i)] for i in range(3)] == undisturbed
+    assert [got[str(i)] for i in range(4)] == undisturbed
     assert_nothing_is_left(llada, free_pages)
 
 
@@ -221,7 +227,8 @@ def test_a_cache_full_to_the_last_page_empties_whatever_befalls_its_requests(lla
         finished += run_steps(small, 1)
         running = scheduler.running
         if pool.get_num_free_blocks() == 0:
-            phases_when_full.append({scheduler.progress[request].phase for request in running})
+            cursors = [scheduler.progress[request.request_id].cursor for request in running]
+            phases_when_full.append({x.plan.phase_of(x.step) for x in cursors if x.steps_left})
         if step % 7 == 3 and running:
             aborted.add(draw.choice(running).request_id.split("-")[0])
             small.llm_engine.abort_request(list(aborted))
@@ -232,23 +239,6 @@ def test_a_cache_full_to_the_last_page_empties_whatever_befalls_its_requests(lla
     assert aborted and got.keys() | aborted == {str(i) for i in range(len(requests))}
     assert all(ids == alone[int(i)] for i, ids in got.items() if i not in aborted)
     assert_nothing_is_left(small, free_pages)
-
-
-@pytest.fixture(scope="module")
-def async_llada(llada_path):
-    """An engine that schedules a step while another runs; the CPU platform would forbid it."""
-    platform = type(current_platform)
-    settle = platform.check_and_update_config.__func__
-
-    def settle_async(cls, config):
-        settle(cls, config)
-        config.scheduler_config.async_scheduling = True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, "check_and_update_config", classmethod(settle_async))
-        llm = start_engine(llada_path)
-    assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
-    return llm
 
 
 def test_async_scheduling_changes_no_token(llada, async_llada):

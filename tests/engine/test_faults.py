@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
+from engines import start_engine
 from vllm import SamplingParams
 
 from sparsed_vllm.kernels import api
+from sparsed_vllm.kernels.layout import KEY_LEN, BatchLayout
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.scheduler import NOT_NUMBERS
 
@@ -36,16 +38,17 @@ def core_of(llm):
 
 
 def poison(monkeypatch, value, step):
-    """Spoil one logit of the second request in its step `step`."""
+    """Spoil what one place's logits come from, of the second request in its step `step`."""
     sample = DenoisingSampler.__call__
 
-    def spoiled(self, logits, input_batch):
-        row = 0
-        for turn in self.state.turns_of(input_batch):
-            if turn.prompt_len == len(PROMPTS[VICTIM]) and turn.denoising.step == step:
-                logits[row, 3] = value
-            row += len(turn.places)
-        return sample(self, logits, input_batch)
+    def spoiled(self, hidden_states, input_batch):
+        batch = self.state.batch_of(input_batch)
+        for i, first, _ in batch.rows_of_requests():
+            request = batch.requests[i]
+            is_victim = request.plan.prompt_len == len(PROMPTS[VICTIM])
+            if is_victim and request.cursor.step == step + 1:  # it was advanced
+                hidden_states[first, 3] = value
+        return sample(self, hidden_states, input_batch)
 
     monkeypatch.setattr(DenoisingSampler, "__call__", spoiled)
 
@@ -74,16 +77,20 @@ def test_logits_that_are_not_numbers_fail_their_request(llada, monkeypatch, capl
     assert re.fullmatch(rf"Request \S+ failed: {NOT_NUMBERS}\.", line)
 
 
-@pytest.mark.parametrize("kernel", ["block_scores", "block_sparse_attention"])
+KERNELS = ["block_scores", "select_blocks", "block_sparse_attention"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_s_failure_fails_the_request_it_worked_for(llada, monkeypatch, kernel):
     sparse = {"use_sparsed": 1, "sparsed_block_size": 16}
     alone = generate(llada, **sparse)
     run = getattr(api, kernel)
 
-    def failing(q, *args, **kwargs):
-        if len(q) == len(PROMPTS[VICTIM]) + 16:
+    def failing(*args, **kwargs):
+        layout = next(x for x in args if isinstance(x, BatchLayout))
+        if len(PROMPTS[VICTIM]) + 16 in layout.host[KEY_LEN]:
             raise RuntimeError("out of registers")
-        return run(q, *args, **kwargs)
+        return run(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(api, kernel, failing)
@@ -92,3 +99,24 @@ def test_a_kernel_s_failure_fails_the_request_it_worked_for(llada, monkeypatch, 
     for i in (0, 2):
         assert outputs[i].token_ids == alone[i].token_ids
     assert [out.token_ids for out in generate(llada, **sparse)] == [out.token_ids for out in alone]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "dense_attention", "choose_tokens"])
+def test_an_engine_whose_kernel_cannot_run_does_not_start(llada_path, monkeypatch, kernel):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(api, kernel, failing)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        start_engine(llada_path)
+
+
+def test_an_assertion_of_our_own_is_not_taken_for_bad_logits(llada_path, monkeypatch):
+    llm = start_engine(llada_path)
+
+    def failing(*args, **kwargs):
+        raise AssertionError("the table is too narrow")
+
+    monkeypatch.setattr(api, "block_scores", failing)
+    with pytest.raises(AssertionError, match="too narrow"):
+        generate(llm, use_sparsed=1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The last layer runs for the rows that are read only, and nobody reads others."""
+"""The last layer runs only for the rows that are read."""
 
 import random
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from sparsed_vllm.model_state import DenoisingModelState
+from sparsed_vllm.batch import RowWindows
 from sparsed_vllm.models.network import Transformer
 
 pytestmark = pytest.mark.engine
@@ -54,8 +54,8 @@ def spoil_the_others(monkeypatch):
         hidden_states = run(self, input_ids, positions, rows)
         if rows is not None:
             left_out.append(len(input_ids) - len(rows))
-            others = torch.ones(len(hidden_states), dtype=torch.bool).index_fill(0, rows, False)
-            hidden_states[others] = torch.nan
+            others = torch.ones_like(hidden_states[:, 0], dtype=torch.bool)
+            hidden_states[others.index_fill(0, rows, False)] = torch.nan
         return hidden_states
 
     monkeypatch.setattr(Transformer, "run", spoiled)
@@ -104,7 +104,7 @@ def test_tokens_are_those_of_a_last_layer_that_leaves_nothing_out(
         left_out = spoil_the_others(patch)
         few = generate(llm, LENGTHS, extras)
         assert left_out
-        patch.setattr(DenoisingModelState, "_windows", lambda *_: None)
+        patch.setattr(RowWindows, "of", lambda *_: None)
         left_out.clear()
         assert generate(llm, LENGTHS, extras) == few
         assert not left_out

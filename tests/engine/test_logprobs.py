@@ -78,7 +78,7 @@ def test_a_mixed_batch_gets_what_each_asked_for(llada, llada_path):
             compared += 1
             assert list(output.token_ids) == run.ids
             assert own(output) == pytest.approx(run.logprobs, abs=1e-4)
-    assert compared
+    assert compared >= len(prompts) // 2
 
 
 def test_dream_s_tokens_have_the_probabilities_of_its_shifted_rows(dream, dream_path):
@@ -91,8 +91,8 @@ def test_dream_s_tokens_have_the_probabilities_of_its_shifted_rows(dream, dream_
         alg="entropy",
         mask_id=DREAM_MASK_ID,
     )
-    if not run.met_a_tie():
-        assert own(output) == pytest.approx(run.logprobs, abs=1e-4)
+    assert not run.met_a_tie(), "choose another prompt"
+    assert own(output) == pytest.approx(run.logprobs, abs=1e-4)
 
 
 def test_an_answer_that_ends_early_has_the_same_probabilities(llada):

@@ -7,6 +7,7 @@ import logging
 import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
+from engines import scheduler_of, start_engine
 from sparse_oracle import Sparsity, sparse_llada_generate
 from vllm import SamplingParams
 
@@ -66,6 +67,8 @@ def test_steps_and_requests_are_counted_by_kind(llada, rise):
     llada.generate(prompts, requests, use_tqdm=False)
     counted = rise()
     assert counted.pop(("sparsed_kept_blocks",)) < counted.pop(("sparsed_possible_blocks",))
+    rows = counted.pop(("sparsed_computed_rows",))
+    assert rows == counted.pop(("sparsed_possible_rows",)) == (10 + 4 + 1 + 8) * 66
     assert counted == {
         ("diffusion_num_denoising_steps",): 10 + 4 + 1 + 8,
         ("diffusion_num_canvas_positions",): (10 + 4 + 1) * 16 + 8 * 4,
@@ -73,6 +76,9 @@ def test_steps_and_requests_are_counted_by_kind(llada, rise):
         ("sparsed_steps", "dense"): 3 + 4 + 1 + 8,
         ("sparsed_steps", "recording"): 1,
         ("sparsed_steps", "sparse"): 6,
+        ("sparsed_steps_by_source", "fresh"): 10 + 4 + 1 + 8,
+        ("sparsed_passes",): 10 + 4 + 1 + 8,
+        ("sparsed_requests_by_reuse", "off"): 4,
         ("sparsed_requests", "sparse", "request"): 1,
         ("sparsed_requests", "dense", "length"): 1,
         ("sparsed_requests", "dense", "steps"): 1,
@@ -107,10 +113,8 @@ def test_aborted_and_repeated_steps_are_steps_and_tables_are_held_while_they_run
         add(llada, str(i), [i] * 100, params(SPARSE))
     for _ in range(6):
         llada.llm_engine.step()
-    state = llada.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    tables = state.model_runner.model_state.patterns.values()
-    held = sum(table.kept.nbytes + table.num_kept.nbytes for table in tables)
-    assert rise()["sparsed_table_bytes",] == held > 0
+    # Of each request a page a layer, of 8 ids of 2 bytes a token and head.
+    assert rise()["sparsed_table_bytes",] == 2 * 2 * 128 * 4 * 8 * 2
     llada.llm_engine.abort_request(["0"])
     scheduler = llada.llm_engine.engine_core.engine_core.scheduler
     assert scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -136,24 +140,29 @@ def test_an_early_stop_is_counted_with_the_steps_it_took(llada, rise):
     assert rise()["diffusion_num_committed_tokens",] == 16 + 4
 
 
-def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada, rise):
+@pytest.fixture
+def finished():
+    """[requests that ended] what the debug log says of each, by name."""
     lines = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler.emit = lambda record: lines.append(facts_in(record.getMessage()))
     logger = logging.getLogger("vllm.sparsed.requests")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-    try:
-        prompts = [{"prompt_token_ids": [7] * 50}] * 2
-        llada.generate(prompts, [params(SPARSE), params({"steps": 4})], use_tqdm=False)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    dense, sparse = (
-        dict(pair.split("=") for pair in line.removeprefix("Request finished: ").split())
-        for line in lines
-    )
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def facts_in(line):
+    return dict(pair.split("=") for pair in line.removeprefix("Request finished: ").split())
+
+
+def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada, rise, finished):
+    prompts = [{"prompt_token_ids": [7] * 50}] * 2
+    llada.generate(prompts, [params(SPARSE), params({"steps": 4})], use_tqdm=False)
+    dense, sparse = finished
     facts = {"finish": "length", "prompt_tokens": "50", "tokens": "16", "max_tokens": "16"}
     assert facts.items() <= dense.items() and facts.items() <= sparse.items()
     assert (dense["attention"], dense["reason"], dense["steps_dense"]) == ("dense", "length", "4")
@@ -167,3 +176,19 @@ def test_a_finished_request_says_in_the_debug_log_what_it_cost(llada, rise):
         assert told == counted["sparsed_steps", phase]
     for blocks in ("kept_blocks", "possible_blocks"):
         assert int(sparse[blocks]) == counted[f"sparsed_{blocks}",]
+
+
+def test_an_engine_counts_the_rows_of_light_steps_and_says_them_in_the_log(llada_path, finished):
+    llm = start_engine(llada_path, additional_config={"reuse": "selective"})
+    requests = [params({"steps": 8, "kv_share": 0.1}), params({"steps": 8, "kv_reuse": 0})]
+    llm.generate([{"prompt_token_ids": [7] * 50}] * 2, requests, use_tqdm=False)
+    counts = scheduler_of(llm).tally.take()
+    rows = 66 + 7 * (16 + 5)
+    assert counts["requests_by_reuse/on"] == counts["requests_by_reuse/off"] == 1
+    assert (counts["steps_by_source/fresh"], counts["steps_by_source/pages"]) == (1 + 8, 7)
+    assert (counts["computed_rows"], counts["possible_rows"]) == (rows + 8 * 66, 16 * 66)
+    assert counts["chosen_tokens"] == 7 * 5
+    light, exact = sorted(finished, key=lambda facts: int(facts["rows"]))
+    named = ("reuse", "steps_light", "rows", "chosen", "passes")
+    assert [light[name] for name in named] == ["on", "7", str(rows), "35", f"{rows / 66:.2f}"]
+    assert [exact[name] for name in named] == ["off", "0", str(8 * 66), "0", "8.00"]

@@ -2,58 +2,13 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Two processes that share the network give the tokens of one."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from checkpoints import write_llada_moe
+from ranks import generate, needs_two_devices
 
-pytestmark = pytest.mark.engine
-
-GENERATE = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-if __name__ == "__main__":
-    path, ranks = sys.argv[1:]
-    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
-              disable_log_stats=False, tensor_parallel_size=int(ranks),
-              kv_cache_memory_bytes=1 << 26)
-    prompts = [{"prompt_token_ids": [i * 3 % 256 for i in range(n)]} for n in (1, 30, 200)]
-    tokens = []
-    for sampling in ({"temperature": 0}, {"temperature": 0.8, "seed": 3}):
-        for extra in ({"steps": 8}, {"block_length": 4}, {"threshold": 0.05},
-                      {"use_sparsed": 1, "sparsed_block_size": 16}):
-            params = SamplingParams(max_tokens=16, ignore_eos=True, extra_args=extra, **sampling)
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            tokens += [list(output.outputs[0].token_ids) for output in outputs]
-    counts = {f"{m.name} {m.labels.get('phase', '')}": m.value for m in llm.get_metrics()
-              if m.name.startswith(("vllm:diffusion", "vllm:sparsed"))}
-    print("RESULT", json.dumps([tokens, counts]))
-"""
+pytestmark = [pytest.mark.engine, needs_two_devices]
 
 
-def generate(tmp_path, path, ranks):
-    """Tokens and metrics of an engine of `ranks` processes, in a process tree of its own."""
-    script = tmp_path / "generate.py"
-    script.write_text(GENERATE)
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    if ranks > 1:  # vLLM binds each process to cores; it cannot share out one NUMA node itself
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(ranks))
-    done = subprocess.run(
-        [sys.executable, script, path, str(ranks)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
     tokens, counts = generate(tmp_path, llada_path, ranks=2)
     tokens_of_one, counts_of_one = generate(tmp_path, llada_path, ranks=1)
@@ -63,3 +18,9 @@ def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
         assert counts[name] == counts_of_one[name], name
     possible = "vllm:sparsed_possible_blocks "
     assert 2 * counts[possible] == counts_of_one[possible] > 0
+
+
+def test_experts_and_the_norms_of_heads_are_shared_out_too(tmp_path):
+    path = write_llada_moe(tmp_path / "moe", mlp_hidden_size=64, n_kv_heads=2)
+    tokens, _ = generate(tmp_path, path, ranks=2)
+    assert tokens == generate(tmp_path, path, ranks=1)[0]

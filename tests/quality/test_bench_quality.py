@@ -38,10 +38,9 @@ def heads(length=120, batch=2):
 
 def lists(attend, layer=0):
     """The kept blocks of each query block and head."""
-    kept, num_kept = attend.table[layer]
     return [
         [ids[:count].tolist() for ids, count in zip(row, counts, strict=True)]
-        for row, counts in zip(kept, num_kept, strict=True)
+        for row, counts in zip(*attend.lists(layer), strict=True)
     ]
 
 
@@ -56,7 +55,7 @@ def test_steps_are_dense_until_the_pattern_is_recorded():
     attend = attention(METHODS["sparsed-0.3"])  # int(10 * 0.2) + 1 = 3
     assert all(attend(step) is full_attention for step in range(3))
     out = attend(3)(0, *heads())
-    assert out.shape == (2, 4, 120, 32) and attend.table.keys() == {0}
+    assert out.shape == (2, 4, 120, 32) and attend.tables.keys() == {0}
     assert 0 < attend.density < 1
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from oracle import Layer, Network, Run, dream_generate, llada_generate, rms_norm, swiglu
+from oracle import Layer, Network, Run, dream_generate, llada_generate, rms_norm
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
@@ -86,7 +86,7 @@ class SparseNetwork:
                 q, k, _ = net.heads(layer, h)
                 recorded.append(select_blocks(q, k, self.sparsity, self.gen_length))
             x = x + self.attention(index, layer, h)
-            x = x + swiglu(layer, rms_norm(x, layer.mlp_norm, net.eps))
+            x = x + layer.mlp(rms_norm(x, layer.mlp_norm, net.eps))
         if recorded:
             self.masks, self.leads = map(torch.stack, zip(*recorded, strict=True))
         self.step += 1

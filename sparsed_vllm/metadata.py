@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""How the sequences of a step attend: the launches of its kernels, and their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsed_vllm.batch import DenoisingBatch, RowWindows
+from sparsed_vllm.flash import PackedSequences
+from sparsed_vllm.kernels.layout import (
+    PAGE,
+    PAGE_ROW,
+    BatchLayout,
+    Selection,
+    host_layout,
+    num_blocks,
+    send,
+    send_layouts,
+)
+from sparsed_vllm.pages import PageWrites
+from sparsed_vllm.refresh import ReadRows
+from sparsed_vllm.steps import Phase, Source
+
+DENSE_ROWS = 64  # query rows that the dense kernels without FlashAttention work on together
+
+
+class Kind(NamedTuple):
+    """What sequences of one launch have in common.
+
+    source: where their keys and values come from;  tables: whether they record or follow tables;
+    tile: query rows of a tile, which for tables is the block size
+    """
+
+    source: Source
+    phase: Phase
+    tile: int
+
+
+class Member(NamedTuple):
+    """Rows of a sequence in a launch: [skipped, skipped + num_rows) of those that it computes.
+
+    first_row: the place in the sequence of the first, where tables matter
+    """
+
+    seq: int
+    skipped: int
+    num_rows: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class MassRows:
+    """Rows of a launch whose softmax mass on their sequences' tokens is noted.
+
+    rows int64 [n]: of q;  layout: their sequences, whose rows lie side by side among these
+    weights float32 [n];  slots int64 [num_seqs]: rows of the record
+    """
+
+    rows: Tensor
+    layout: BatchLayout
+    weights: Tensor
+    slots: Tensor
+
+    def only(self, page_row: int) -> MassRows | None:
+        """Those of one sequence; None if none of its rows are noted."""
+        (found,) = np.nonzero(self.layout.host[PAGE_ROW] == page_row)
+        if not len(found):
+            return None
+        seq = int(found[0])
+        return replace(self, layout=self.layout.only(seq), slots=self.slots[seq : seq + 1])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sequences that one call of a kernel serves.
+
+    packed: the same as FlashAttention takes them, if it does
+    selection: of sequences that record tables
+    page_ids int64 [num_pages]: pages that their keys are gathered from, laid end to end; None: they
+        are the step's own, or FlashAttention reads the pages
+    mass: those of their rows whose mass is noted
+    """
+
+    kind: Kind
+    layout: BatchLayout
+    packed: PackedSequences | None = None
+    selection: Selection | None = None
+    page_ids: Tensor | None = None
+    mass: MassRows | None = None
+
+    def only(self, seq: int) -> Launch:
+        """One of the sequences."""
+        selection = None if self.selection is None else self.selection.only(seq)
+        row = int(self.layout.host[PAGE_ROW, seq])
+        mass = None if self.mass is None else self.mass.only(row)
+        return replace(self, layout=self.layout.only(seq), selection=selection, mass=mass)
+
+
+@dataclass(frozen=True)
+class SparsedMetadata:
+    """The launches of a step: one of each kind, unless more keys are gathered than have room.
+
+    dense: sequences that attend to all keys, recording ones among them;  tables: that record or
+        follow tables
+    pages int32 [num_seqs, most pages]: vLLM's page table
+    writes: the rows whose keys and values are kept in pages; None: none are
+    mass float32 [num_slots, longest]: where softmax mass is noted
+    last_layer: the same for the rows that the last layer computes; None: it computes all
+    """
+
+    dense: tuple[Launch, ...]
+    tables: tuple[Launch, ...]
+    pages: Tensor
+    writes: PageWrites | None = None
+    mass: Tensor | None = None
+    last_layer: SparsedMetadata | None = None
+
+
+def plan_launches(
+    starts: NDArray[np.int32],
+    pages: Tensor,
+    batch: DenoisingBatch | None = None,
+    windows: RowWindows | None = None,
+    *,
+    with_flash: bool = False,
+    gathered_tokens: int = 1 << 62,
+) -> SparsedMetadata:
+    """The metadata of a step.
+
+    starts int32 [num_seqs + 1]: where each sequence begins among the rows
+    batch: None: all sequences attend to everything (vLLM's dummy batches)
+    windows: the rows that the last layer computes; None: all
+    with_flash: whether FlashAttention serves dense sequences
+    gathered_tokens: as many keys are gathered from pages at once, those of one sequence at least
+    """
+    parts = [
+        (kind, part)
+        for kind, members in _members(batch, np.diff(starts)).items()
+        for part in _split(kind, members, batch, with_flash, gathered_tokens)
+    ]
+    views = [_View.whole(starts, batch)]
+    if windows is not None:
+        views.append(views[0].narrowed(windows))
+    gathers = [_gather(kind, part, batch, pages, with_flash) for kind, part in parts]
+    hosts = [
+        (kind.tile, view.layout(kind, part, key_starts))
+        for view in views
+        for (kind, part), (_, key_starts) in zip(parts, gathers, strict=True)
+    ]
+    layouts = iter(send_layouts(hosts, pages.device))
+    made = []
+    for view in views:
+        launches = [
+            _launch(view, kind, part, next(layouts), page_ids, batch, pages, with_flash)
+            for (kind, part), (page_ids, _) in zip(parts, gathers, strict=True)
+        ]
+        dense = tuple(x for x in launches if x.kind.phase is Phase.DENSE)
+        tables = tuple(x for x in launches if x.kind.phase is not Phase.DENSE)
+        metadata = SparsedMetadata(dense, tables, pages)
+        if batch is not None:
+            metadata = replace(metadata, writes=batch.writes, mass=batch.mass)
+        made.append(metadata)
+    return made[0] if windows is None else replace(made[0], last_layer=made[1])
+
+
+def _members(batch: DenoisingBatch | None, lengths: NDArray[np.int32]) -> dict[Kind, list[Member]]:
+    """The sequences by kind; recording ones are dense as well."""
+    dense = Kind(Source.FRESH, Phase.DENSE, DENSE_ROWS)
+    if batch is None:
+        return {dense: [Member(i, 0, n, 0) for i, n in enumerate(lengths.tolist())]}
+    members: dict[Kind, list[Member]] = {}
+    for i, (step, request) in enumerate(zip(batch.steps, batch.requests, strict=True)):
+        chosen, rest = step.num_chosen, step.num_rows - step.num_chosen
+        if step.phase is not Phase.SPARSE:
+            kind = dense._replace(source=step.source)
+            members.setdefault(kind, []).append(Member(i, 0, step.num_rows, 0))
+        elif chosen:  # lists are those of whole blocks, these tokens lie scattered
+            kind = dense._replace(source=step.source)
+            members.setdefault(kind, []).append(Member(i, 0, chosen, 0))
+        if step.phase is not Phase.DENSE:
+            assert request.plan.sparsity is not None
+            kind = Kind(step.source, step.phase, request.plan.sparsity.block_size)
+            members.setdefault(kind, []).append(Member(i, chosen, rest, step.first_row))
+    return members
+
+
+class _View(NamedTuple):
+    """Where the rows of a step's sequences lie in q; int [num_seqs] each.
+
+    begins: of the first;  firsts, sizes: rows [first, first + size) of those that a sequence
+    computes are in q;  keys: where its keys begin among the step's own;  lengths: its tokens
+    """
+
+    begins: NDArray[Any]
+    firsts: NDArray[Any]
+    sizes: NDArray[Any]
+    keys: NDArray[Any]
+    lengths: NDArray[Any]
+
+    @classmethod
+    def whole(cls, starts: NDArray[np.int32], batch: DenoisingBatch | None) -> _View:
+        sizes = np.diff(starts)
+        lengths = sizes
+        if batch is not None:
+            lengths = np.array([request.plan.length for request in batch.requests])
+        return cls(starts[:-1], np.zeros_like(sizes), sizes, starts[:-1], lengths)
+
+    def narrowed(self, windows: RowWindows) -> _View:
+        begins = np.cumsum(windows.sizes) - windows.sizes
+        return self._replace(begins=begins, firsts=windows.firsts, sizes=windows.sizes)
+
+    def layout(
+        self, kind: Kind, members: Sequence[Member], key_starts: NDArray[Any] | None
+    ) -> NDArray[np.int32]:
+        """key_starts: where the sequences' keys begin among those that are gathered"""
+        seqs, skipped, num_rows, first_rows = np.array(members).T
+        ends = self.firsts[seqs] + self.sizes[seqs]
+        begin = np.maximum(skipped, self.firsts[seqs])
+        count = np.minimum(skipped + num_rows, ends) - begin
+        lists = kind.phase is not Phase.DENSE
+        return host_layout(
+            kind.tile,
+            query_starts=self.begins[seqs] + begin - self.firsts[seqs],
+            num_rows=count,
+            first_rows=first_rows + begin - skipped if lists else np.zeros_like(begin),
+            key_starts=self.keys[seqs] if key_starts is None else key_starts,
+            key_lens=self.lengths[seqs],
+            page_rows=seqs,
+        )
+
+
+def _is_gathered(kind: Kind, with_flash: bool) -> bool:
+    """Whether a kind's keys are gathered from pages; FlashAttention reads pages itself."""
+    return kind.source is Source.PAGES and not (with_flash and kind.phase is Phase.DENSE)
+
+
+def _split(
+    kind: Kind,
+    members: list[Member],
+    batch: DenoisingBatch | None,
+    with_flash: bool,
+    gathered_tokens: int,
+) -> list[list[Member]]:
+    """The members of a kind by launch."""
+    if batch is None or not _is_gathered(kind, with_flash):
+        return [members]
+    parts: list[list[Member]] = []
+    total = 0
+    for member in members:
+        length = num_blocks(batch.plans[member.seq].length, PAGE) * PAGE
+        total += length
+        if not parts or total > gathered_tokens:
+            parts.append([])
+            total = length
+        parts[-1].append(member)
+    return parts
+
+
+def _gather(
+    kind: Kind,
+    members: Sequence[Member],
+    batch: DenoisingBatch | None,
+    pages: Tensor,
+    with_flash: bool,
+) -> tuple[Tensor | None, NDArray[Any] | None]:
+    """The pages that a launch's keys are gathered from, and where each sequence's begin."""
+    if batch is None or not _is_gathered(kind, with_flash):
+        return None, None
+    seqs = np.array([member.seq for member in members])
+    lengths = np.array([batch.requests[i].plan.length for i in seqs])
+    counts = -(-lengths // PAGE)
+    first = np.cumsum(counts) - counts
+    where = np.stack([np.repeat(seqs, counts), np.arange(counts.sum()) - np.repeat(first, counts)])
+    rows, columns = send(where, pages.device)
+    return pages[rows, columns].long(), first * PAGE
+
+
+def _launch(
+    view: _View,
+    kind: Kind,
+    members: Sequence[Member],
+    layout: BatchLayout,
+    page_ids: Tensor | None,
+    batch: DenoisingBatch | None,
+    pages: Tensor,
+    with_flash: bool,
+) -> Launch:
+    packed = None
+    if with_flash and kind.phase is Phase.DENSE:
+        packed = PackedSequences.of(layout, pages if kind.source is Source.PAGES else None)
+    launch = Launch(kind, layout, packed, page_ids=page_ids)
+    if batch is None:
+        return launch
+    seqs = [member.seq for member in members]
+    if kind.phase is Phase.RECORDING:
+        return replace(launch, selection=_selection(batch, layout, seqs))
+    seqs = [i for i in seqs if _is_read(kind, batch, i)]
+    if batch.reads is None or not seqs:
+        return launch
+    return replace(launch, mass=_mass_rows(view, batch.reads, seqs, pages))
+
+
+def _is_read(kind: Kind, batch: DenoisingBatch, seq: int) -> bool:
+    """Whether rows that a sequence reads are in a launch, and their mass is noted."""
+    if batch.reads is None or seq not in batch.reads.spans or kind.phase is Phase.RECORDING:
+        return False
+    # Of a sparse light step these follow lists; the tokens that it attends densely for are others.
+    return (batch.steps[seq].phase is Phase.SPARSE) == (kind.phase is Phase.SPARSE)
+
+
+def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> MassRows:
+    """seqs: sequences of one launch that are read"""
+    begins, counts = np.array([reads.spans[i] for i in seqs]).T
+    starts = np.cumsum(counts) - counts
+    host = host_layout(
+        DENSE_ROWS,
+        query_starts=starts,
+        num_rows=counts,
+        first_rows=np.zeros_like(counts),
+        key_starts=np.zeros_like(counts),
+        key_lens=view.lengths[seqs],
+        page_rows=seqs,
+    )
+    (layout,) = send_layouts([(DENSE_ROWS, host)], pages.device)
+    index = np.repeat(begins - starts, counts) + np.arange(counts.sum())
+    shifts = np.repeat((view.begins - view.firsts)[seqs], counts)
+    index, shifts = send(np.stack([index, shifts]), pages.device)
+    slots = send(np.array([reads.slots[i] for i in seqs]), pages.device)
+    return MassRows(reads.rows[index] + shifts, layout, reads.weights[index], slots)
+
+
+def _selection(batch: DenoisingBatch, layout: BatchLayout, seqs: list[int]) -> Selection:
+    plans = [batch.requests[i].plan for i in seqs]
+    selects = [plan.sparsity.select for plan in plans if plan.sparsity is not None]
+    return Selection.of(layout, [plan.prompt_len for plan in plans], selects)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""Which tokens of the context a light step computes anew: those that its canvas attended to most.
+
+How many is in the request's plan; which, only the device knows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsed_vllm.kernels.layout import send
+from sparsed_vllm.steps import Plan, Source, Step
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """The rows that a step reads of requests whose next step chooses tokens by their attention.
+
+    spans: of each such sequence, the first of its rows among all that are read, and their number
+    rows int64 [num_rows]: of each row that is read, its place among those its sequence computes
+    weights float32 [num_rows]: 1 for a row that is read, 0 for padding
+    slots: of the sequences
+    """
+
+    spans: Mapping[int, tuple[int, int]]
+    rows: Tensor
+    weights: Tensor
+    slots: Sequence[int]
+
+
+@dataclass(frozen=True)
+class LightRows:
+    """The rows of a batch that light steps compute.
+
+    rows int64 [n]: of the batch;  places int64 [n]: theirs in their sequences
+    seqs int64 [n]: whose they are, in batch order
+    """
+
+    rows: Tensor
+    places: Tensor
+    seqs: Tensor
+
+
+class ContextMass:
+    """How much softmax mass each request's masked places put on each token of its sequence.
+
+    mass float32 [num_slots, longest]: summed over layers, heads and rows, since it was cleared
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        longest: int,
+        device: torch.device,
+        add_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        """add_ranks: sums a tensor over tensor-parallel ranks, each of which has its own heads"""
+        self.mass = torch.zeros(num_slots, longest, device=device)
+        self._add_ranks = add_ranks
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Begin a new step of these requests."""
+        if slots:
+            self.mass.index_fill_(0, send(np.array(slots), self.mass.device), 0.0)
+
+    def choose(
+        self,
+        starts: Sequence[int],
+        slots: Sequence[int],
+        steps: Sequence[Step],
+        plans: Sequence[Plan],
+    ) -> LightRows | None:
+        """The rows of the light steps of a batch; None if it has none.
+
+        starts: where each sequence begins in the batch
+        """
+        light = [i for i, step in enumerate(steps) if step.source is Source.PAGES]
+        if not light:
+            return None
+        known = []
+        for i in light:
+            places = np.arange(steps[i].first_row, plans[i].length)
+            rows = starts[i] + steps[i].num_chosen + np.arange(len(places))
+            known.append(np.stack([rows, places, np.full(len(places), i)]))
+        found = send(np.concatenate(known, axis=1), self.mass.device)
+        choosing = [i for i in light if steps[i].num_chosen]
+        if choosing:
+            found = torch.cat([found, self._chosen(starts, slots, steps, choosing)], dim=1)
+        return LightRows(*found)
+
+    def _chosen(
+        self,
+        starts: Sequence[int],
+        slots: Sequence[int],
+        steps: Sequence[Step],
+        seqs: Sequence[int],
+    ) -> Tensor:
+        """Rows, places and sequences of the chosen tokens, int64 [3, n]."""
+        counts = np.array([steps[i].num_chosen for i in seqs])
+        which = np.repeat(np.arange(len(seqs)), counts)
+        ranks = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.array([starts[i] for i in seqs])[which] + ranks
+        table = send(np.stack([which, ranks, rows, np.array(seqs)[which]]), self.mass.device)
+        best = self._best([slots[i] for i in seqs], [steps[i].first_row for i in seqs])
+        return torch.stack([table[2], best[table[0], table[1]], table[3]])
+
+    def _best(self, slots: Sequence[int], ends: Sequence[int]) -> Tensor:
+        """Places before `ends` by their mass, the most first; int64 [len(slots), max(ends)]."""
+        columns = send(np.array([slots, ends]), self.mass.device)
+        mass = self._add_ranks(self.mass[columns[0], : max(ends)])
+        places = torch.arange(mass.shape[1], device=mass.device)
+        mass = mass.masked_fill(places >= columns[1][:, None], -1.0)
+        # Stable, so that equal masses are told apart by place and never by batch mates.
+        return mass.argsort(dim=1, descending=True, stable=True)

@@ -137,9 +137,9 @@ def sparse(method: Method, batch: int, length: int, device: torch.device) -> Spa
 def as_mask(attention: SparseAttention, q: Tensor, k: Tensor) -> Tensor:
     """bool [blocks, heads, key blocks], what SparseD would keep of this step's q and k"""
     attention.record(0, q, k)
-    kept, num_kept = attention.table[0]
+    kept, num_kept = attention.lists(0)
     ids = torch.arange(kept.shape[2], device=kept.device)
-    width = attention.blocks.max_key_blocks
+    width = attention.layout.max_key_blocks
     places = kept.long().where(ids < num_kept[..., None], width)
     mask = torch.zeros(*kept.shape[:2], width + 1, dtype=torch.bool, device=kept.device)
     return mask.scatter_(2, places, True)[..., :width]

@@ -25,7 +25,7 @@ from needle import checkpoint
 from needle.tasks import TASKS, Sample, spell
 from vllm import LLM, SamplingParams
 
-from sparsed_vllm.phases import recording_step
+from sparsed_vllm.steps import recording_step
 
 ASKED = [("single", 1250), ("multikey", 1300), ("multiquery", 1350), ("common", 1200)]  # tokens
 MIN_WORDS = 1000

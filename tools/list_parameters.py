@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sparsed_vllm import config, limits
+from sparsed_vllm import config, limits, reuse
 from sparsed_vllm.families import FAMILIES, Family
 from sparsed_vllm.params import Field, parse_params, request_fields
 
@@ -28,19 +28,25 @@ In `SamplingParams(extra_args=...)` or, over HTTP, in `vllm_xargs`.
 ENGINE = """
 ## Of an engine
 
-In `--additional-config '{"sparsed": {...}, "denoising": {...}}'` or `LLM(additional_config=...)`.
-Unknown keys are refused.
+In `--additional-config '{"sparsed": {...}, "reuse": {...}, "denoising": {...}}'` or
+`LLM(additional_config=...)`. Unknown keys are refused.
 """
 
 
 def page() -> str:
     """The whole file."""
-    parts = [HEAD.rstrip(), *(_of_family(family) for family in FAMILIES.values())]
+    parts = [HEAD.rstrip(), *(_of_family(family) for family in FAMILIES)]
     sparse = asdict(config.SparseConfig())
     request = {name: sparse.get(name.removeprefix("sparsed_")) for name in config.REQUEST_FIELDS}
     parts += ["", "### Sparse attention, all models", ""]
     parts += _table(config.REQUEST_FIELDS, request)
+    defaults = asdict(reuse.ReuseConfig())
+    own = {name: defaults.get(name.removeprefix("kv_")) for name in reuse.REQUEST_FIELDS}
+    parts += ["", "### Reuse of keys and values, all models", ""]
+    parts += _table(reuse.REQUEST_FIELDS, own)
     parts += [ENGINE, "### `sparsed`", "", *_table(config.SECTION_FIELDS, sparse)]
+    parts += ["", "### `reuse`, or the word `selective` for these defaults", ""]
+    parts += _table(reuse.SECTION_FIELDS, defaults)
     parts += ["", "### `denoising`", "", *_table(limits.SECTION_FIELDS, asdict(limits.Limits()))]
     return "\n".join(parts) + "\n"
 

@@ -59,8 +59,12 @@ def start(
 
 
 def cache_bytes(shape: Shape, tokens: int, batch: int) -> int:
-    """Pages for `tokens` of `batch` requests, none of whose last pages is full."""
-    a_token = 2 * 2 * shape.kv_size * shape.n_layers  # keys and values of 16 bits
+    """Pages for `tokens` of `batch` requests, none of whose last pages is full.
+
+    With room for keys and values, which engines that reuse none leave to more requests.
+    """
+    numbers = 2 * shape.kv_size + 8 * shape.n_heads  # keys, values, ids of block tables
+    a_token = 2 * numbers * shape.n_layers
     return a_token * (tokens + 256 * (batch + 2))
 
 

@@ -24,8 +24,8 @@ from vllm import LLM
 
 from generation.dummies import SKIP, wait
 from generation.steps import Load, time_step
-from sparsed_vllm.phases import phase_of
 from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.steps import phase_of
 
 KINDS = {  # of the model's kernels, by a part of their names; the first that fits counts
     "attention": ("attention", "flash", "block_scores", "prompt_scores", "select_blocks"),

@@ -11,7 +11,7 @@ from typing import Any
 from vllm import LLM
 
 from generation.dummies import SELECT, SKIP, request
-from sparsed_vllm.phases import phase_of
+from sparsed_vllm.steps import phase_of
 
 SHORT = {16384: 12, 1 << 62: 7}
 """Steps of a request that is timed step by step, by the tokens up to which a step takes so many.

@@ -77,9 +77,10 @@ class Harness:
 class Engine:
     """LLM.generate, with the method in each request's parameters."""
 
-    def __init__(self, llm: Any, canvas: int, steps: int, block_size: int) -> None:
+    def __init__(self, llm: Any, canvas: int, steps: int, block_size: int, **extras: Any) -> None:
+        """extras: further parameters of every request"""
         self.llm, self.canvas = llm, canvas
-        self.extras = {"steps": steps, "sparsed_block_size": block_size}
+        self.extras = {"steps": steps, "sparsed_block_size": block_size, **extras}
 
     def answer(self, method: Method, questions: list[Question]) -> Answers:
         from vllm import SamplingParams
@@ -101,6 +102,10 @@ def start_engine(folder: Path, **options: Any) -> Any:
     """vLLM on the checkpoint, with room in its tables for the smallest blocks."""
     from vllm import LLM
 
-    small = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.3}
-    sparsed = {"sparsed": {"table_ids": 32}}
-    return LLM(str(folder), enforce_eager=True, additional_config=sparsed, **small, **options)
+    defaults = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 30,
+        "gpu_memory_utilization": 0.3,
+        "additional_config": {"sparsed": {"table_ids": 32}},
+    }
+    return LLM(str(folder), **{**defaults, **options})

@@ -6,18 +6,18 @@ from functools import partial
 
 import torch
 from needle.network import Attention, full_attention
+from packed import empty_tables, packed
 from torch import Tensor
 
 from quality.methods import Method
 from sparsed_vllm.kernels import api
-from sparsed_vllm.phases import Phase, phase_of
+from sparsed_vllm.steps import Phase, phase_of
 
 
 class SparseAttention:
     """Gives needle.decoding.denoise the attention of each step.
 
-    table [num_layers] kept [num_blocks, num_heads, width] and num_kept [num_blocks, num_heads],
-    as kernels.reference.select_blocks writes them
+    tables [num_layers]: as kernels.reference.select_blocks writes them
     """
 
     def __init__(
@@ -32,16 +32,11 @@ class SparseAttention:
         device: torch.device,
     ) -> None:
         self.method, self.steps = method, steps
-        length = prompt + canvas
         # Without a prompt every block is one of the generation: the selection is a plain one.
         front = prompt if method.isolated else 0
-        self.blocks = api.QueryBlocks.of(
-            [api.Span(i * length, length, front, method.select) for i in range(batch)],
-            block_size,
-            device,
-        )
-        self.rows = torch.arange(self.blocks.num_blocks, device=device)
-        self.table: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layout = packed([prompt + canvas] * batch, block_size, device)
+        self.selection = api.Selection.of(self.layout, [front] * batch, [method.select] * batch)
+        self.tables: dict[int, api.BlockTables] = {}
 
     def __call__(self, step: int) -> Attention:
         if self.method.table == "none":
@@ -58,10 +53,17 @@ class SparseAttention:
     @property
     def density(self) -> float:
         """Kept by possible blocks, in a sparse step."""
-        if not self.table:
+        if not self.tables:
             return 1.0
-        kept = torch.stack([num_kept.float().mean() for _, num_kept in self.table.values()])
-        return float(kept.mean() / self.blocks.max_key_blocks)
+        counts = [self.lists(layer)[1].double().mean() for layer in self.tables]
+        return float(torch.stack(counts).mean() / self.layout.max_key_blocks)
+
+    def lists(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Kept blocks [blocks, heads, width] of all sequences, their numbers [blocks, heads]."""
+        tables = self.tables[layer]
+        rows = [tables.rows(sequence) for _, sequence in self.layout.sequences()]
+        pages, rows_of_pages = (torch.cat(part) for part in zip(*rows, strict=True))
+        return tables.kept[pages, rows_of_pages], tables.num_kept[pages, rows_of_pages]
 
     def recording(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Record, and attend to everything."""
@@ -74,49 +76,44 @@ class SparseAttention:
         return self.sparse(layer, q, k, v)
 
     def _windowed(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer not in self.table:
-            self.table[layer] = self.table.get(0) or window_table(
-                self.blocks, q.shape[1], self.method.sinks
-            )
+        if layer not in self.tables:
+            self.tables[layer] = self.tables.get(0) or self._windows(q.shape[1])
         return self.sparse(layer, q, k, v)
+
+    def _windows(self, num_heads: int) -> api.BlockTables:
+        """Windows as wide as the longest rows that the selection would write."""
+        width = self.selection.most_kept
+        tables = empty_tables(self.layout, num_heads, width)
+        lists = torch.tensor(
+            window_lists(self.layout.max_key_blocks, width, self.method.sinks),
+            dtype=tables.kept.dtype,
+            device=tables.kept.device,
+        )
+        for _, sequence in self.layout.sequences():
+            tables.kept[tables.rows(sequence)] = lists[:, None]
+        tables.num_kept.fill_(width)
+        return tables
 
     def record(self, layer: int, q: Tensor, k: Tensor) -> None:
         """Note which key blocks each head keeps."""
-        packed = [pack(x) for x in (q, k)]
-        scores = api.block_scores(*packed, None, self.blocks, scale=q.shape[-1] ** -0.5)
+        of = (self.layout, self.selection)
+        scores = api.block_scores(pack(q), pack(k), None, *of, scale=q.shape[-1] ** -0.5)
         if self.method.shared:
             scores = tuple(x.mean(0, keepdim=True).expand_as(x).contiguous() for x in scores)
-        kept, num_kept = empty_table(self.blocks, q.shape[1])
-        api.select_blocks(*scores, self.blocks, kept, num_kept, self.rows)
-        self.table[layer] = kept, num_kept
+        tables = empty_tables(self.layout, q.shape[1], self.selection.most_kept)
+        api.select_blocks(*scores, *of, tables)
+        self.tables[layer] = tables
 
     def sparse(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend to what was recorded."""
         attend = partial(api.block_sparse_attention, scale=q.shape[-1] ** -0.5)
-        out = attend(*(pack(x) for x in (q, k, v)), self.blocks, *self.table[layer], self.rows)
+        out = attend(*(pack(x) for x in (q, k, v)), self.layout, self.tables[layer])
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 def pack(x: Tensor) -> Tensor:
     """[batch, heads, tokens, head size] -> [batch * tokens, heads, head size]"""
     return x.transpose(1, 2).flatten(0, 1)
-
-
-def empty_table(blocks: api.QueryBlocks, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Room for kept and num_kept."""
-    shape = (blocks.num_blocks, num_heads)
-    ids = api.id_dtype(blocks.max_key_blocks)
-    kept = torch.empty(*shape, blocks.most_kept, dtype=ids, device=blocks.starts.device)
-    return kept, torch.empty(shape, dtype=torch.int32, device=blocks.starts.device)
-
-
-def window_table(blocks: api.QueryBlocks, num_heads: int, sinks: int) -> tuple[Tensor, Tensor]:
-    """Kept blocks of a window as wide as the longest rows that the selection would write."""
-    kept, num_kept = empty_table(blocks, num_heads)
-    width = blocks.most_kept
-    lists = window_lists(blocks.max_key_blocks, width, sinks) * len(blocks.spans)
-    kept[:] = torch.tensor(lists, dtype=kept.dtype, device=kept.device)[:, None]
-    return kept, num_kept.fill_(width)
 
 
 def window_lists(num_blocks: int, width: int, sinks: int) -> list[list[int]]:

@@ -3,7 +3,9 @@
 """The ways to attend that are compared."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from sparsed_vllm.reuse import Reuse
 
 Table = Literal["none", "recorded", "renewed", "window"]
 
@@ -19,6 +21,8 @@ class Method:
     isolated: prompt and generation blocks are selected apart
     sinks: first blocks that a window keeps
     block_size: its own, in tokens, where it is not the bench's
+    reuse: how it reuses keys and values between steps, in the engine only; with it the first step
+        records, whatever `skip` says
     """
 
     name: str
@@ -30,16 +34,27 @@ class Method:
     isolated: bool = True
     sinks: int = 0
     block_size: int | None = None
+    reuse: Reuse | None = None
 
     @property
-    def request(self) -> dict[str, float] | None:
+    def request(self) -> dict[str, Any] | None:
         """The same as a request's `extra_args`, where our engine has it."""
         if self.table == "none":
-            return {"use_sparsed": 0}
+            return {"use_sparsed": 0, **self._kept}
         if self.table != "recorded" or self.shared or not self.isolated:
             return None
         own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
-        return {"use_sparsed": 1, "sparsed_select": self.select, "sparsed_skip": self.skip, **own}
+        own |= {"sparsed_select": self.select, "sparsed_skip": self.skip}
+        return {"use_sparsed": 1, **own, **self._kept}
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        if self.reuse is None:
+            return {}
+        fields = {"kv_share": self.reuse.share, "kv_every": self.reuse.every}
+        return (
+            fields if self.reuse.refresh is None else {**fields, "kv_refresh": self.reuse.refresh}
+        )
 
 
 DENSE = Method("dense", "dense", table="none")
@@ -63,3 +78,31 @@ METHODS = {
         Method("streaming", "StreamingLLM", table="window", sinks=1),
     )
 }
+
+
+def reusing(
+    share: float, every: int = 1, refresh: int | None = None, table: Table = "none"
+) -> Method:
+    """Selective refresh, dense or (table `recorded`) with SparseD's lists."""
+    name, label = f"reuse-{share:g}", f"reuse, share {share:g}"
+    for setting, value in (("every", every), ("refresh", refresh)):
+        if value not in (1, None):
+            name, label = f"{name}-{setting}-{value}", f"{label}, {setting} {value}"
+    if table == "recorded":
+        name, label = f"{name}-sparse", f"{label}, SparseD"
+    return Method(name, label, table, reuse=Reuse(share, every, refresh))
+
+
+REUSE_METHODS = {
+    method.name: method
+    for method in (
+        DENSE,
+        METHODS["sparsed-0.3"],
+        reusing(0),
+        reusing(0, refresh=8),
+        *(reusing(share, every) for share in (0.01, 0.02, 0.05) for every in (1, 2, 4)),
+        *(reusing(share, table="recorded") for share in (0, 0.01, 0.02, 0.05)),
+        reusing(0.02, 2, table="recorded"),
+    )
+}
+"""What benchmarks/bench_quality_reuse.py compares."""

@@ -54,11 +54,11 @@ class Results:
                 key["block_size"] = own
             rows = {task: self._means(length, task, cell) for task, cell in tasks.items()}
             for task, row in rows.items():
-                yield {**key, "task": task, "samples": len(tasks[task].marks), **_flat(row)}
+                yield {**key, "task": task, "samples": len(tasks[task].marks), **flat(row)}
             averages = {name: average([row[name] for row in rows.values()]) for name in _NAMES}
             count = sum(len(cell.marks) for cell in tasks.values())
             seconds = round(self.seconds[length, method], 2)
-            line = {**key, "task": AVERAGE, "samples": count, **_flat(averages)}
+            line = {**key, "task": AVERAGE, "samples": count, **flat(averages)}
             yield {**line, "seconds": seconds}
 
     def _means(self, length: int, task: str, cell: Cell) -> dict[str, Mean]:
@@ -70,7 +70,7 @@ class Results:
 _NAMES = ("tokens", "exact", "tokens_gain", "exact_gain")
 
 
-def _flat(means: dict[str, Mean]) -> dict[str, float]:
+def flat(means: dict[str, Mean]) -> dict[str, float]:
     """Shares in percent; `x_margin` is half of the interval of `x`."""
     flat = {}
     for name, value in means.items():

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""How long the host works on a step outside vLLM's own code, and on who takes part in it.
+
+    python benchmarks/bench_host.py --batch 64 --tokens 640
+    python benchmarks/bench_host.py --queue-only
+
+`seconds` is the median over the steps of a phase of the time that this package's own functions
+take on the host, launches of kernels among them; what they call in vLLM is left out. On a CPU the
+kernels' own time is in it. `queue`: take_turns with so many running and waiting requests.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from generation.dummies import MODELS, SKIP, request, start, versions, wait
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from sparsed_vllm import attention, model_state
+from sparsed_vllm.flash import FlashAttention
+from sparsed_vllm.model_state import DenoisingModelState
+from sparsed_vllm.models.network import MaskPredictor
+from sparsed_vllm.sampler import DenoisingSampler
+from sparsed_vllm.scheduler import DenoisingScheduler
+from sparsed_vllm.steps import phase_of
+from sparsed_vllm.turns import Claim, Room, take_turns
+
+OURS = (
+    DenoisingScheduler,
+    DenoisingModelState,
+    DenoisingSampler,
+    attention.SparsedMetadataBuilder,
+    attention.SparsedImpl,
+)
+SUPERS = [name for name in vars(DenoisingScheduler) if callable(getattr(Scheduler, name, None))]
+THEIRS = (
+    *((Scheduler, name) for name in SUPERS if name != "__init__"),
+    (model_state, "build_attn_metadata"),
+    (MaskPredictor, "score"),
+    (FlashAttention, "__call__"),
+)
+
+
+class Stopwatch:
+    """Adds up the time inside our functions and outside vLLM's that they call."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._stack: list[bool] = []  # of the functions that run: whether each is ours
+        self._since = 0.0
+
+    def timed(self, function: Callable[..., Any], is_ours: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._stack.append(is_ours)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self._stack.pop()
+
+        return run
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        if self._stack and self._stack[-1]:
+            self.seconds += now - self._since
+        self._since = now
+
+
+@contextmanager
+def measuring(watch: Stopwatch) -> Iterator[None]:
+    """Time our classes' methods and, within them, vLLM's functions."""
+    with ExitStack() as patches:
+        for owner in OURS:
+            for name, function in list(vars(owner).items()):
+                if callable(function) and name != "__init__" and not isinstance(function, type):
+                    patches.enter_context(patch.object(owner, name, watch.timed(function, True)))
+        for owner, name in THEIRS:
+            function = getattr(owner, name)
+            patches.enter_context(patch.object(owner, name, watch.timed(function, False)))
+        yield
+
+
+def time_steps(
+    llm: Any, args: argparse.Namespace, batch: int, sparse: bool
+) -> dict[str, list[float]]:
+    """Seconds of host work of each step of equal requests, by phase."""
+    watch, seconds = Stopwatch(), defaultdict(list)
+    for i in range(batch):
+        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
+        llm.llm_engine.add_request(str(i), prompt, params)
+    llm.llm_engine.step()  # admits them
+    with measuring(watch):
+        for step in range(1, args.steps - 1):
+            wait()
+            watch.seconds = 0.0
+            llm.llm_engine.step()
+            phase = phase_of(step, args.steps, SKIP).value if sparse else "dense"
+            seconds[phase].append(watch.seconds)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return seconds
+
+
+def time_queue(running: int, waiting: int) -> float:
+    """Seconds of take_turns with so many requests of mixed lengths."""
+    claims = [
+        Claim(i, 640 + 97 * (i % 13), i, is_running=i < running, pages=9)
+        for i in range(running + waiting)
+    ]
+    room = Room(65536, seats=running, pages=1 << 20)
+    seconds = []
+    for i in range(200):
+        start_time = time.perf_counter()
+        take_turns(claims, room, shortest_first=bool(i % 2))
+        seconds.append(time.perf_counter() - start_time)
+    return median(seconds)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="llada")
+    add("--tokens", type=int, default=640)
+    add("--new-tokens", type=int, default=128)
+    add("--steps", type=int, default=20)
+    add("--batch", type=int, nargs="+", default=[1, 64])
+    add("--layers", type=int, help="fewer than the model has")
+    add("--queue-only", action="store_true", help="time take_turns alone, without an engine")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    queue = {"running": 64, "waiting": 512}
+    line = {"bench": "host", **versions()}
+    print(json.dumps({**line, "phase": "queue", **queue, "seconds": time_queue(**queue)}))
+    if args.queue_only:
+        return
+    most = max(args.batch)
+    llm = start(args.model, args.layers, args.tokens, args.tokens * most, most)
+    for batch in args.batch:
+        for sparse in (False, True):
+            time_steps(llm, args, batch, sparse)  # compiles kernels
+            for phase, seconds in time_steps(llm, args, batch, sparse).items():
+                sizes = {"tokens": args.tokens, "batch": batch, "layers": args.layers}
+                found = {"phase": phase, "sparse": sparse, "seconds": median(seconds)}
+                print(json.dumps({**line, "model": args.model, **sizes, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsed_vllm.attention import LayerStep, SparsedImpl
 from sparsed_vllm.batch import DenoisingBatch, DenoisingRequest
@@ -12,8 +13,8 @@ from sparsed_vllm.config import BLOCK_SIZES, SparseConfig, Sparsity
 from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
-from sparsed_vllm.kernels.layout import PAGE, num_blocks
-from sparsed_vllm.metadata import plan_launches
+from sparsed_vllm.kernels.layout import PAGE, BatchLayout, num_blocks
+from sparsed_vllm.metadata import DENSE_ROWS, plan_launches
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.steps import Phase, Plan
 
@@ -48,8 +49,28 @@ def rehearse(
         metadata = plan_launches(starts, pages, batch, with_flash=with_flash)
         impl.attend(LayerStep(q, k, v, cache, metadata, torch.empty_like(q)))
     assert step.phase is Phase.SPARSE
+    if impl.pages.holds_kv:
+        _note_mass(impl, q, cache, pages)
     most = num_blocks(impl.max_model_len, min(BLOCK_SIZES))
     api.compile_selection(most, impl.pages.tables.dtype, device)
+
+
+def _note_mass(impl: SparsedImpl, q: Tensor, cache: Tensor, pages: Tensor) -> None:
+    """The mass that one row puts on a sequence of as many tokens as q has rows."""
+    layout = BatchLayout.of(
+        DENSE_ROWS,
+        q.device,
+        query_starts=[0],
+        num_rows=[1],
+        first_rows=[0],
+        key_starts=[0],
+        key_lens=[len(q)],
+        page_rows=[0],
+    )
+    lse, mass = q.new_zeros(q.shape[1], 1).float(), q.new_zeros(1, len(q)).float()
+    weights, slots = mass[0, :1] + 1, torch.zeros(1, dtype=torch.int64, device=q.device)
+    keys = impl.pages.keys(cache)
+    api.token_mass(q[:1], keys, lse, layout, pages, weights, slots, mass, scale=impl.scale)
 
 
 def rehearse_choices(

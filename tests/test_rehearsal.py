@@ -14,9 +14,9 @@ from sparsed_vllm.tables import TablePages
 CPU = torch.device("cpu")
 
 
-def impl_of(max_model_len=1000):
+def impl_of(max_model_len=1000, holds_kv=False):
     tables = TablePages(num_heads=4, ids_per_token=8, dtype=torch.int16)
-    pages = PageLayout(2, 32, torch.float32, holds_kv=False, tables=tables)
+    pages = PageLayout(2, 32, torch.float32, holds_kv, tables)
     sizes = {"max_num_tokens": 2000, "max_model_len": max_model_len}
     return SparsedImpl(4, 32, 0.2, num_kv_heads=2, pages=pages, **sizes)
 
@@ -41,14 +41,18 @@ def test_a_rehearsal_attends_records_and_follows(block_size, monkeypatch):
     assert compiled == [(63, torch.int16, CPU)]
 
 
-@pytest.mark.parametrize("name", ["dense_attention", "block_scores", "block_sparse_attention"])
+KERNELS = ["dense_attention", "block_scores", "block_sparse_attention", "token_mass"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_rehearsal_raises_what_a_kernel_raises(name, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("out of registers")
 
     monkeypatch.setattr(attention.api, name, failing)
     with pytest.raises(RuntimeError, match="out of registers"):
-        rehearsal.rehearse(impl_of(), SparseConfig(), dtype=torch.float32, device=CPU)
+        impl = impl_of(holds_kv=True)
+        rehearsal.rehearse(impl, SparseConfig(), dtype=torch.float32, device=CPU)
 
 
 def noting(ran, name, call):

@@ -388,6 +388,11 @@ def test_prometheus_reads_what_requests_cost(client):
         ("sparsed_steps_total", "sparse"): 5,
         ("sparsed_requests_total", "sparse", "request"): 1,
         ("sparsed_tables_total",): 1,
+        ("sparsed_requests_by_reuse_total", "off"): 1,
+        ("sparsed_steps_by_source_total", "fresh"): 8,
+        ("sparsed_computed_rows_total",): 8 * (150 + 16),
+        ("sparsed_possible_rows_total",): 8 * (150 + 16),
+        ("sparsed_passes_total",): 8,
     }
 
 

@@ -144,6 +144,11 @@ def send(values: NDArray[Any], device: torch.device | str) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+def places_within(counts: NDArray[Any]) -> NDArray[Any]:
+    """0, 1, ... up to each count in turn; int [sum(counts)]"""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def host_layout(
     tile: int,
     *,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsed_vllm.canvases import CanvasStep
 from sparsed_vllm.kernels.choice import Choice
-from sparsed_vllm.kernels.layout import PAGE, send
+from sparsed_vllm.kernels.layout import PAGE, places_within, send
 from sparsed_vllm.pages import PageWrites
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.refresh import LightRows, ReadRows
@@ -125,8 +125,7 @@ class RowWindows:
     ) -> "RowWindows":
         """Rows [first, end) of sequences that begin at `starts` [num_reqs + 1] of the batch."""
         sizes = ends - firsts
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows = np.repeat(starts[:-1] + firsts, sizes) + within
+        rows = np.repeat(starts[:-1] + firsts, sizes) + places_within(sizes)
         return cls(firsts, sizes, send(rows, device))
 
 

@@ -21,6 +21,7 @@ from sparsed_vllm.kernels.layout import (
     Selection,
     host_layout,
     num_blocks,
+    places_within,
     send,
     send_layouts,
 )
@@ -277,7 +278,7 @@ def _gather(
     lengths = np.array([batch.requests[i].plan.length for i in seqs])
     counts = -(-lengths // PAGE)
     first = np.cumsum(counts) - counts
-    where = np.stack([np.repeat(seqs, counts), np.arange(counts.sum()) - np.repeat(first, counts)])
+    where = np.stack([np.repeat(seqs, counts), places_within(counts)])
     rows, columns = send(where, pages.device)
     return pages[rows, columns].long(), first * PAGE
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.batch import DenoisingBatch
-from sparsed_vllm.kernels.layout import PAGE, num_blocks, send
+from sparsed_vllm.kernels.layout import PAGE, num_blocks, places_within, send
 from sparsed_vllm.tally import TableCount
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class RecordedTables:
             seqs = np.array([recording[place] for place in places])
             counts = np.array([num_blocks(batch.plans[i].length, size) for i in seqs])
             owners = np.repeat(places, counts)
-            blocks = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            columns = send(np.stack([owners, np.repeat(seqs, counts), blocks]), pages.device)
+            within = places_within(counts)
+            columns = send(np.stack([owners, np.repeat(seqs, counts), within]), pages.device)
             kept.index_add_(0, columns[0], _count(columns[1], columns[2], size, pages, layers))
         return cls(sizes, kept)
 

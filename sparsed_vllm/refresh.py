@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsed_vllm.kernels.layout import send
+from sparsed_vllm.kernels.layout import places_within, send
 from sparsed_vllm.steps import Plan, Source, Step
 
 
@@ -102,7 +102,7 @@ class ContextMass:
         """Rows, places and sequences of the chosen tokens, int64 [3, n]."""
         counts = np.array([steps[i].num_chosen for i in seqs])
         which = np.repeat(np.arange(len(seqs)), counts)
-        ranks = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ranks = places_within(counts)
         rows = np.array([starts[i] for i in seqs])[which] + ranks
         table = send(np.stack([which, ranks, rows, np.array(seqs)[which]]), self.mass.device)
         best = self._best([slots[i] for i in seqs], [steps[i].first_row for i in seqs])

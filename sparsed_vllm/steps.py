@@ -4,11 +4,10 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +120,7 @@ class Plan:
     @cached_property
     def first_steps(self) -> list[int]:
         """[num_blocks + 1] the step at which each block begins; last, the number of steps."""
-        return list(_running_sums(0, (block.steps for block in self.blocks)))
+        return list(accumulate((block.steps for block in self.blocks), initial=0))
 
     @property
     def num_steps(self) -> int:
@@ -145,7 +144,7 @@ class Plan:
     def _filled(self) -> list[int]:
         """[num_steps + 1] places filled before each step, where the pace is known."""
         counts = (n for block in self.blocks for n in places_per_step(block, self.params))
-        return list(_running_sums(0, counts))
+        return list(accumulate(counts, initial=0))
 
     def at(self, step: int) -> Step:
         """What `step` in [0, num_steps) does."""
@@ -267,16 +266,8 @@ def split_steps(steps: int, sizes: list[int]) -> list[int]:
     if not any(weights):
         weights = [1] * len(sizes)
     extra, total = steps - len(sizes), sum(weights)
-    through = [math.ceil(extra * done / total) for done in _running_sums(0, weights)]
+    through = [math.ceil(extra * done / total) for done in accumulate(weights, initial=0)]
     return [1 + b - a for a, b in pairwise(through)]
-
-
-def _running_sums(first: int, values: Iterator[int] | list[int]) -> Iterator[int]:
-    total = first
-    yield total
-    for value in values:
-        total += value
-        yield total
 
 
 def places_per_step(block: Block, params: DenoisingParams) -> list[int]:

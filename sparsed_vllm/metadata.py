@@ -44,6 +44,10 @@ class Kind(NamedTuple):
     tile: int
 
 
+DENSE_FRESH = Kind(Source.FRESH, Phase.DENSE, DENSE_ROWS)
+DENSE_LIGHT = DENSE_FRESH._replace(source=Source.PAGES)
+
+
 class Member(NamedTuple):
     """Rows of a sequence in a launch: [skipped, skipped + num_rows) of those that it computes.
 
@@ -173,18 +177,16 @@ def plan_launches(
 
 def _members(batch: DenoisingBatch | None, lengths: NDArray[np.int32]) -> dict[Kind, list[Member]]:
     """The sequences by kind; recording ones are dense as well."""
-    dense = Kind(Source.FRESH, Phase.DENSE, DENSE_ROWS)
     if batch is None:
-        return {dense: [Member(i, 0, n, 0) for i, n in enumerate(lengths.tolist())]}
+        return {DENSE_FRESH: [Member(i, 0, n, 0) for i, n in enumerate(lengths.tolist())]}
     members: dict[Kind, list[Member]] = {}
     for i, (step, request) in enumerate(zip(batch.steps, batch.requests, strict=True)):
         chosen, rest = step.num_chosen, step.num_rows - step.num_chosen
+        dense = DENSE_FRESH if step.source is Source.FRESH else DENSE_LIGHT
         if step.phase is not Phase.SPARSE:
-            kind = dense._replace(source=step.source)
-            members.setdefault(kind, []).append(Member(i, 0, step.num_rows, 0))
+            members.setdefault(dense, []).append(Member(i, 0, step.num_rows, 0))
         elif chosen:  # lists are those of whole blocks, these tokens lie scattered
-            kind = dense._replace(source=step.source)
-            members.setdefault(kind, []).append(Member(i, 0, chosen, 0))
+            members.setdefault(dense, []).append(Member(i, 0, chosen, 0))
         if step.phase is not Phase.DENSE:
             assert request.plan.sparsity is not None
             kind = Kind(step.source, step.phase, request.plan.sparsity.block_size)
@@ -204,6 +206,11 @@ class _View(NamedTuple):
     sizes: NDArray[Any]
     keys: NDArray[Any]
     lengths: NDArray[Any]
+
+    @property
+    def shifts(self) -> NDArray[Any]:
+        """[num_seqs] from a row of the batch to the same row in q."""
+        return self.begins - self.firsts - self.keys
 
     @classmethod
     def whole(cls, starts: NDArray[np.int32], batch: DenoisingBatch | None) -> _View:
@@ -319,22 +326,22 @@ def _is_read(kind: Kind, batch: DenoisingBatch, seq: int) -> bool:
 def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> MassRows:
     """seqs: sequences of one launch that are read"""
     begins, counts = np.array([reads.spans[i] for i in seqs]).T
-    starts = np.cumsum(counts) - counts
+    zeros = np.zeros_like(counts)
     host = host_layout(
         DENSE_ROWS,
-        query_starts=starts,
+        query_starts=begins,
         num_rows=counts,
-        first_rows=np.zeros_like(counts),
-        key_starts=np.zeros_like(counts),
+        first_rows=zeros,
+        key_starts=zeros,
         key_lens=view.lengths[seqs],
         page_rows=seqs,
     )
     (layout,) = send_layouts([(DENSE_ROWS, host)], pages.device)
-    index = np.repeat(begins - starts, counts) + np.arange(counts.sum())
-    shifts = np.repeat((view.begins - view.firsts)[seqs], counts)
-    index, shifts = send(np.stack([index, shifts]), pages.device)
     slots = send(np.array([reads.slots[i] for i in seqs]), pages.device)
-    return MassRows(reads.rows[index] + shifts, layout, reads.weights[index], slots)
+    rows = reads.rows
+    if view.shifts.any():
+        rows = rows + send(view.shifts, pages.device)[reads.seqs]
+    return MassRows(rows, layout, reads.weights, slots)
 
 
 def _selection(batch: DenoisingBatch, layout: BatchLayout, seqs: list[int]) -> Selection:

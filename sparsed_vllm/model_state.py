@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata, ModelState
 from vllm.v1.worker.gpu.states import RequestState
@@ -31,6 +32,8 @@ from sparsed_vllm.batch import (
     window_bounds,
 )
 from sparsed_vllm.canvases import Canvases, CanvasStep, NewCanvas
+from sparsed_vllm.flash import flash_attention
+from sparsed_vllm.graphs import LightGraph, LightGraphs
 from sparsed_vllm.kernels.layout import send
 from sparsed_vllm.logprobs import LogprobRecord
 from sparsed_vllm.metadata import SparsedMetadata
@@ -39,6 +42,8 @@ from sparsed_vllm.refresh import ContextMass, LightRows, ReadRows
 from sparsed_vllm.rehearsal import rehearse, rehearse_choices
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.steps import Source
+
+logger = init_logger("vllm.sparsed.model_state")
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,14 @@ class DenoisingModelState(ModelState):
         if self.reader.reuse_config is not None:
             sizes = (self.max_num_reqs, self.max_model_len)
             self.mass = ContextMass(*sizes, device, tensor_model_parallel_all_reduce)
+        self.graphs = LightGraphs(vllm_config, device)
         self.logprobs: dict[int, LogprobRecord] = {}  # by slot, of requests that ask
         self._opening: list[NewCanvas] = []
         # The latest step that was planned.
         self._input_batch: InputBatch | None = None
         self._batch: DenoisingBatch | None = None
         self._windows: RowWindows | None = None
+        self._graph: LightGraph | None = None
         self._pages = torch.empty(0)  # int32 [num_reqs, most pages]
         # int64 [3, num_reqs]: the batch's row of a canvas's first place, of its window's first row,
         # and the first place that is computed.
@@ -127,7 +134,8 @@ class DenoisingModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Plan the step, and choose the rows whose logits it reads: open places only."""
-        self._input_batch, self._batch, self._windows = input_batch, None, None
+        self._input_batch = input_batch
+        self._batch, self._windows, self._graph = None, None, None
         requests = [self.requests.get(req_id) for req_id in input_batch.req_ids]
         known = [request for request in requests if request is not None]
         if len(known) < len(requests):
@@ -143,6 +151,7 @@ class DenoisingModelState(ModelState):
             self._windows = RowWindows.of(batch.starts, firsts, ends, self.device)
         reads = self._rows_read(batch.canvas)
         self._batch = self._with_reuse(batch, reads)
+        self._graph = self.graphs.find(self._batch)
         # A step that fills nothing still has a row: kernels for none at all are rarely tried.
         input_batch.logits_indices = reads if len(reads) else input_batch.logits_indices[:1]
 
@@ -188,14 +197,12 @@ class DenoisingModelState(ModelState):
         # A step that reads nothing keeps what the one before noted, but never another request's.
         begun = [i for i, step in enumerate(batch.steps) if step.source is Source.FRESH]
         self.mass.clear([slots[i] for i in sorted({*spans, *begun})])
-        starts = send(batch.starts[:-1].astype(np.int64), self.device)
-        places = reads - starts[batch.canvas.reqs]
-        weights = (batch.canvas.places >= 0).float()
+        seqs, weights = batch.canvas.reqs, (batch.canvas.places >= 0).float()
         return replace(
             batch,
             light=light,
             writes=writes,
-            reads=ReadRows(spans, places, weights, slots) if spans else None,
+            reads=ReadRows(spans, reads, seqs, weights, slots) if spans else None,
             mass=self.mass.mass,
         )
 
@@ -214,7 +221,8 @@ class DenoisingModelState(ModelState):
         self.canvases.write_ids(
             batch.canvas, canvas_rows, first_places, input_batch.input_ids, self.mask_token_id
         )
-        return {"rows": self._windows.rows} if self._windows else {}
+        rows = self._windows.rows if self._windows else None
+        return {"rows": rows, "graph": self._graph}
 
     def _write_light(
         self, light: LightRows, input_batch: InputBatch, req_states: RequestState
@@ -268,13 +276,19 @@ class DenoisingModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Attention metadata by layer name: every sequence whole, both ways."""
+        """Attention metadata by layer name: every sequence whole, both ways.
+
+        A captured step has its own, which is filled.
+        """
+        batch = self.batch_of(input_batch)
+        if batch is not None and self._graph is not None:
+            self._graph.inputs.fill(batch)
+            return {}
         padded = cudagraph_mode == CUDAGraphMode.FULL
         num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs
         num_tokens = input_batch.num_tokens_after_padding if padded else input_batch.num_tokens
         seq_lens_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
         starts = torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1])
-        batch = self.batch_of(input_batch)
         metadata = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_reqs,
@@ -312,10 +326,34 @@ class DenoisingModelState(ModelState):
 
         Raises what a kernel raises: an engine whose kernels cannot run must not start.
         """
+        self.graphs.forget()  # those of memory profiling
         if self.reader.sparse_config is not None:
             impl = self._attention_layers()[0].impl
             rehearse(impl, self.reader.sparse_config, dtype=self.dtype, device=self.device)
         rehearse_choices(self.mask_token_id, self.vocab_size, self.dtype, self.device)
+
+    def capture_inner_cudagraphs(
+        self,
+        input_buffers: InputBuffers,
+        block_tables: BlockTables,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Capture the light steps of few rows, where requests may take any."""
+        if self.mass is None or not self._may_capture():
+            return
+        names = [layer.layer_name for layer in self._attention_layers()]
+        pages = block_tables.input_block_tables[0]
+        self.graphs.capture(self.model, input_buffers, names, pages, self.mass.mass)
+
+    def _may_capture(self) -> bool:
+        if flash_attention(self.device.type, self.dtype) is None:
+            logger.info("Light steps run without CUDA graphs: FlashAttention is needed for them.")
+            return False
+        if self.vllm_config.parallel_config.data_parallel_size > 1:
+            logger.info("Light steps run without CUDA graphs: data-parallel ranks run in step.")
+            return False
+        return True
 
     def custom_sampler(self, sampler: Any) -> tuple[DenoisingSampler, None]:
         return DenoisingSampler(self, sampler.compute_nans), None

@@ -21,13 +21,14 @@ class ReadRows:
     """The rows that a step reads of requests whose next step chooses tokens by their attention.
 
     spans: of each such sequence, the first of its rows among all that are read, and their number
-    rows int64 [num_rows]: of each row that is read, its place among those its sequence computes
+    rows int64 [num_rows]: all rows of the batch that are read;  seqs int64 [num_rows]: whose
     weights float32 [num_rows]: 1 for a row that is read, 0 for padding
-    slots: of the sequences
+    slots: of all sequences of the batch
     """
 
     spans: Mapping[int, tuple[int, int]]
     rows: Tensor
+    seqs: Tensor
     weights: Tensor
     slots: Sequence[int]
 

@@ -38,6 +38,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from sparsed_vllm.admission import reuse_config_of, sparse_config_of
 from sparsed_vllm.attention import SparsedBackend, SparsedImpl
 from sparsed_vllm.config import BLOCK_SIZES
+from sparsed_vllm.graphs import LightGraph
 from sparsed_vllm.kernels.layout import id_dtype, num_blocks
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.models.checkpoint import load_checkpoint
@@ -332,12 +333,14 @@ class MaskPredictor(nn.Module, SupportsQuant):
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
         rows: Tensor | None = None,
+        graph: LightGraph | None = None,
     ) -> Tensor:
         """input_ids, positions [tokens] -> hidden states [tokens, hidden_size]
 
-        rows: as in Transformer.run; vLLM passes on what the model state prepared
+        rows: as in Transformer.run;  graph: the step as it was captured, which is run instead
+        Both are prepared by the model state, and handed on by vLLM.
         """
-        return self.model.run(input_ids, positions, rows)
+        return self.model.run(input_ids, positions, rows) if graph is None else graph.replay()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """The hidden states as they are: the sampler runs the head, over slices of the rows."""

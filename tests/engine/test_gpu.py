@@ -24,6 +24,7 @@ from vllm import SamplingParams
 
 from sparsed_vllm.attention import SparsedImpl
 from sparsed_vllm.flash import FlashAttention, PackedSequences, flash_attention
+from sparsed_vllm.graphs import LightGraph
 from sparsed_vllm.kernels import api, reference
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.sampler import DenoisingSampler
@@ -363,6 +364,46 @@ def test_table_counts_arrive_beside_the_tokens_while_the_next_step_runs(async_ll
     assert rise["tables"] == len(runs)
     assert rise["kept_blocks"] == sum(int(run.masks.sum()) for run in runs)
     assert rise["possible_blocks"] == sum(run.masks.numel() for run in runs)
+
+
+@pytest.fixture(scope="module")
+def capturing(wide_path):
+    """An engine with captured light steps, each of which is run as it was captured as well."""
+    pairs, replay, init = [], LightGraph.replay, LightGraph.__init__
+
+    def keeping(self, inputs, run, out, config):
+        self.run = run
+        init(self, inputs, run, out, config)
+
+    def comparing(self):
+        replayed = replay(self).clone()
+        num_rows = int(self.inputs.cu_queries[-1])
+        pairs.append((replayed[:num_rows], self.run()[:num_rows]))
+        return replayed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LightGraph, "__init__", keeping)
+        patch.setattr(LightGraph, "replay", comparing)
+        options = {"additional_config": {"reuse": {"by_default": 0}}, "enforce_eager": False}
+        yield start_engine(wide_path, dtype="bfloat16", max_model_len=1024, **options), pairs
+
+
+REUSING = [
+    {"steps": 8, "kv_share": 0.05},
+    {"steps": 8, "kv_share": 0.05, "kv_every": 2, "block_length": 8},
+    {"threshold": 0.05, "block_length": 8, "kv_share": 0},
+]
+
+
+@pytest.mark.parametrize("lengths", [(300,), (1, 130, 400)], ids=str)
+def test_a_captured_step_leaves_what_its_kernels_leave_one_by_one(capturing, lengths):
+    llm, pairs = capturing
+    pairs.clear()
+    generate(llm, [request_of(n, REUSING[i]) for i, n in enumerate(lengths)])
+    assert len(pairs) >= 6
+    for replayed, run in pairs:
+        assert replayed.isfinite().all()
+        assert torch.equal(replayed, run)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

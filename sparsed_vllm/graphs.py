@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""CUDA graphs of light steps: the whole forward pass of a few rows, attention included.
+
+The host needs longer to launch such a pass, kernel by kernel, than the GPU to run it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+
+from sparsed_vllm.batch import DenoisingBatch
+from sparsed_vllm.flash import PackedSequences
+from sparsed_vllm.kernels.layout import KEY_LEN, NUM_COLUMNS, BatchLayout, host_layout, send
+from sparsed_vllm.metadata import DENSE_LIGHT, DENSE_ROWS, Launch, MassRows, SparsedMetadata
+from sparsed_vllm.pages import PageWrites
+from sparsed_vllm.steps import Phase, Source, Step
+
+ROW_COUNTS = (*range(16, 129, 16), *range(160, 513, 32))
+"""Rows that graphs are captured for; a step of more keeps the GPU busy without."""
+ROWS_A_SEQUENCE = 32  # of graphs for several sequences
+
+
+class GraphSize(NamedTuple):
+    """The most rows and sequences of a step that a graph runs."""
+
+    num_rows: int
+    num_seqs: int
+
+
+class LightInputs:
+    """What a captured light step reads, at fixed addresses.
+
+    Rows of a graph that belong to no sequence write their keys and values to page 0, which vLLM
+    gives to nobody.
+    """
+
+    def __init__(self, size: GraphSize, longest: int, device: torch.device) -> None:
+        """longest: tokens of the longest sequence"""
+        rows, seqs = size
+        self.size, self.longest = size, longest
+        self._numbers = torch.zeros(
+            2 * NUM_COLUMNS * seqs + seqs + 1, dtype=torch.int32, device=device
+        )
+        columns = self._numbers[: 2 * NUM_COLUMNS * seqs].view(2, NUM_COLUMNS, seqs)
+        self.layout, self.mass_layout = map(self._layout, columns)
+        self.cu_queries = self._numbers[2 * NUM_COLUMNS * seqs :]
+        self.slots = torch.zeros(seqs, dtype=torch.int64, device=device)
+        self.pages, self.offsets, self.read_rows = torch.zeros(
+            3, rows, dtype=torch.int64, device=device
+        )
+        self.weights = torch.zeros(rows, device=device)
+
+    def metadata(self, pages: Tensor, mass: Tensor) -> SparsedMetadata:
+        """What attention is captured with: the tensors of this object, and bounds on the host.
+
+        pages int32 [num_reqs, most pages]: vLLM's page table;  mass: as in ContextMass
+        """
+        rows, seqs = self.size
+        pages = pages[:seqs]
+        arguments = {"seqused_k": self.layout.columns[KEY_LEN], "block_table": pages}
+        packed = PackedSequences(
+            slice(0, rows), None, self.cu_queries, rows, self.longest, arguments
+        )
+        noted = MassRows(self.read_rows, self.mass_layout, self.weights, self.slots)
+        launch = Launch(DENSE_LIGHT, self.layout, packed, mass=noted)
+        writes = PageWrites(slice(rows), self.pages, self.offsets)
+        return SparsedMetadata((launch,), (), pages, writes, mass)
+
+    def _layout(self, columns: Tensor) -> BatchLayout:
+        """A layout whose sequences may be of any size."""
+        rows, seqs = self.size
+        zeros = np.zeros(seqs, np.int32)
+        bounds = host_layout(
+            DENSE_ROWS,
+            query_starts=zeros,
+            num_rows=zeros + rows,
+            first_rows=zeros,
+            key_starts=zeros,
+            key_lens=zeros + self.longest,
+            page_rows=np.arange(seqs),
+        )
+        return BatchLayout(DENSE_ROWS, bounds, columns)
+
+    def fill(self, batch: DenoisingBatch) -> None:
+        """Write a step of light requests, after whatever read the one before."""
+        assert batch.writes is not None and isinstance(batch.writes.rows, slice)
+        ends = np.full(self.size.num_seqs + 1, batch.starts[-1])
+        ends[: len(batch.starts)] = batch.starts
+        parts = [self._rows_of(batch), self._mass_of(batch), ends]
+        host = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
+        self._numbers.copy_(send(host, self._numbers.device))
+        _overwrite(self.pages, batch.writes.pages)
+        _overwrite(self.offsets, batch.writes.offsets)
+        if batch.reads is not None:
+            _overwrite(self.slots, send(np.array(batch.reads.slots), self.slots.device))
+            _overwrite(self.read_rows, batch.reads.rows)
+            _overwrite(self.weights, batch.reads.weights)
+
+    def _rows_of(self, batch: DenoisingBatch) -> NDArray[np.int32]:
+        """The columns of what each sequence computes."""
+        return self._columns_of(batch, batch.starts[:-1], np.diff(batch.starts))
+
+    def _mass_of(self, batch: DenoisingBatch) -> NDArray[np.int32]:
+        """The columns of the rows whose mass is noted, among those that are read; often none."""
+        starts, counts = np.zeros((2, len(batch.requests)), np.int32)
+        if batch.reads is not None:
+            for seq, (first, count) in batch.reads.spans.items():
+                starts[seq], counts[seq] = first, count
+        return self._columns_of(batch, starts, counts)
+
+    def _columns_of(
+        self, batch: DenoisingBatch, starts: NDArray[np.int32], counts: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Rows `starts` on of q, `counts` of them, of each sequence; none of those that lack."""
+        lengths = np.array([plan.length for plan in batch.plans])
+        given = np.zeros((3, self.size.num_seqs), np.int32)
+        given[:, : len(lengths)] = starts, counts, lengths
+        zeros = np.zeros(self.size.num_seqs, np.int32)
+        return host_layout(
+            DENSE_ROWS,
+            query_starts=given[0],
+            num_rows=given[1],
+            first_rows=zeros,
+            key_starts=zeros,
+            key_lens=given[2],
+            page_rows=np.arange(self.size.num_seqs),
+        )
+
+
+def _overwrite(kept: Tensor, new: Tensor) -> None:
+    """Write `new`, and zeros behind it."""
+    kept[: len(new)].copy_(new)
+    kept[len(new) :].zero_()
+
+
+class LightGraph:
+    """A captured pass, which runs on what `inputs` and vLLM's input buffers hold."""
+
+    def __init__(
+        self, inputs: LightInputs, run: Callable[[], Tensor], out: Tensor, config: VllmConfig
+    ) -> None:
+        """run: the pass; it has run before, so that all its kernels are compiled
+
+        out [rows, hidden_size]: where its result is left
+        """
+        self.inputs = inputs
+        self.out = out
+        self._graph = torch.cuda.CUDAGraph()
+        with (
+            capture_pool(current_platform.get_global_graph_pool(), config) as pool,
+            torch.cuda.graph(self._graph, pool, stream=torch.cuda.current_stream()),
+        ):
+            out.copy_(run())
+
+    def replay(self) -> Tensor:
+        """The hidden states of all rows, [rows, hidden_size]; the next replay overwrites them."""
+        self._graph.replay()
+        return self.out
+
+
+class LightGraphs:
+    """The graphs of an engine, by size: none until they are captured, at its start."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.device = device
+        self._graphs: dict[GraphSize, LightGraph] = {}  # the smallest first
+
+    def find(self, batch: DenoisingBatch) -> LightGraph | None:
+        """The smallest graph that runs a step; None where none does."""
+        num_rows, num_seqs = int(batch.starts[-1]), len(batch.requests)
+        for size, graph in self._graphs.items():
+            if size.num_rows >= num_rows and size.num_seqs >= num_seqs:
+                return graph if all(map(is_light, batch.steps)) else None
+        return None
+
+    def sizes(self) -> list[GraphSize]:
+        """What is captured: for one sequence, and for several of ROWS_A_SEQUENCE rows each."""
+        scheduler = self.vllm_config.scheduler_config
+        return sorted(
+            GraphSize(rows, seqs)
+            for rows in ROW_COUNTS
+            if rows <= scheduler.max_num_batched_tokens
+            for seqs in {1, min(scheduler.max_num_seqs, rows // ROWS_A_SEQUENCE)} - {0}
+        )
+
+    def forget(self) -> None:
+        """Free the graphs."""
+        self._graphs = {}
+
+    def capture(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        buffers: InputBuffers,
+        layer_names: Sequence[str],
+        pages: Tensor,
+        mass: Tensor,
+    ) -> None:
+        """Capture all sizes; the largest comes first, whose memory the others share.
+
+        model: input_ids, positions [rows] -> hidden states [rows, hidden_size]
+        pages int32 [max_num_seqs, most pages]: vLLM's page table;  mass: as in ContextMass
+        """
+        self.forget()
+        out, graphs = None, {}
+        with graph_capture(self.device):
+            for size in tqdm(self.sizes()[::-1], desc="Capturing CUDA graphs of light steps"):
+                inputs = LightInputs(size, self.vllm_config.model_config.max_model_len, self.device)
+                metadata = dict.fromkeys(layer_names, inputs.metadata(pages, mass))
+                run = partial(self._run, model, buffers, size.num_rows, metadata)
+                hidden_states = run()
+                out = torch.empty_like(hidden_states) if out is None else out
+                own = out[: size.num_rows]
+                graphs[size] = LightGraph(inputs, run, own, self.vllm_config)
+        self._graphs = dict(sorted(graphs.items()))
+
+    def _run(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        buffers: InputBuffers,
+        num_rows: int,
+        metadata: dict[str, SparsedMetadata],
+    ) -> Tensor:
+        mode = CUDAGraphMode.NONE  # of vLLM's own graphs of parts of the model
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=num_rows,
+            cudagraph_runtime_mode=mode,
+            slot_mapping={},
+        ):
+            return model(buffers.input_ids[:num_rows], buffers.positions[:num_rows])
+
+
+def is_light(step: Step) -> bool:
+    """Whether a step attends to all pages of its sequence, as captured ones do."""
+    return step.source is Source.PAGES and step.phase is Phase.DENSE

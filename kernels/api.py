@@ -164,6 +164,12 @@ def token_mass(
     _for(q, "token_mass")(q, keys, lse, layout, pages, weights, slots, mass, scale=scale)
 
 
+def drop_nans(rows: Tensor) -> None:
+    """NaN to 0 in rows [n, heads, size], in place; infinities stay."""
+    assert rows.dtype in DTYPES and rows.stride()[1:] == (rows.shape[2], 1)
+    _for(rows, "drop_nans")(rows)
+
+
 def choose_tokens(
     logits: Tensor, choice: Choice, forbidden: Forbidden, noise: Noise | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -331,6 +331,11 @@ def exponential(noise: Noise, vocab: int) -> Tensor:
     return -(-v.clamp(max=1 - 2**-24)).log1p()
 
 
+def drop_nans(rows: Tensor) -> None:
+    """NaN to 0, in place; rows [n, heads, size], each row's numbers side by side."""
+    rows.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
 def draw_uniform(noise: Noise) -> Tensor:
     """A random number in (0, 1) for each row; float64 [rows].
 

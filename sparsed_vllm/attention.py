@@ -242,7 +242,7 @@ class SparsedImpl(AttentionImpl):
         """
         if step.metadata.writes is not None:
             # What stays in a page behind its last sequence's end is weighed with 0: never NaN.
-            step.v.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            api.drop_nans(step.v)
             pages = self.pages
             keys, values = pages.keys(step.cache), pages.values(step.cache)
             step.metadata.writes.write(step.k, step.v, keys, values)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.logger import init_logger
 
+from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.layout import (
     KEY_LEN,
     KEY_START,
@@ -116,7 +117,7 @@ class FlashAttention:
             if len(sequences.cu_queries) > 2:
                 # A sequence's last tile weighs the values behind it with 0, and 0 * NaN is NaN.
                 # The NaN of a sequence's own is in its keys as well, and stays.
-                v.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+                api.drop_nans(v)
         result, lse = self.function(
             q[sequences.queries],
             k,

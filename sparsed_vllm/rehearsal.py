@@ -37,6 +37,7 @@ def rehearse(
     # Side by side, as the projection leaves them.
     qkv = torch.zeros(length, sum(heads), impl.head_size, dtype=dtype, device=device)
     q, k, v = qkv.split(heads, dim=1)
+    api.drop_nans(v)
     cache = impl.pages.empty(2, device)
     pages = torch.arange(2, dtype=torch.int32, device=device)[None]
     starts = np.array([0, length], np.int32)

@@ -84,3 +84,10 @@ def test_mass_is_added_to_tokens(head_dim, dtype):
     api.token_mass(**arguments)
     torch.cuda.synchronize()
     assert not arguments["mass"].isnan().any()
+
+
+def test_dropping_nans():
+    whole = torch.full((300, 5, 64), torch.nan, dtype=torch.bfloat16, device="cuda")
+    api.drop_nans(whole[1:, 1:4])
+    torch.cuda.synchronize()
+    assert int(whole.isnan().sum()) == whole.numel() - 299 * 3 * 64

@@ -115,7 +115,9 @@ class DenoisingScheduler(Scheduler):
     def _claim_of(self, request_id: str, is_running: bool) -> Claim:
         claim = self.claims[request_id]
         claim.is_running = is_running
-        claim.rows = self.progress[request_id].cursor.num_rows if is_running else claim.tokens
+        claim.rows = (
+            self.progress[request_id].cursor.upcoming.num_rows if is_running else claim.tokens
+        )
         return claim
 
     def _claim(self, request: Request) -> Claim:

@@ -214,24 +214,27 @@ class Cursor:
     def restart(self, num_final: int) -> None:
         """It starts or, after a preemption, goes on; num_final: places handed out before."""
         self.step = self.plan.resume_step(num_final)
+        self._upcoming: Step | None = None
 
     @property
     def steps_left(self) -> int:
         return self.plan.num_steps - self.step
 
     @property
-    def num_rows(self) -> int:
-        """Tokens that the next step computes; there must be one left."""
-        return self.plan.rows_at(self.step)[-1]
+    def upcoming(self) -> Step:
+        """What the next step does; there must be one left."""
+        if self._upcoming is None:
+            self._upcoming = self.plan.at(self.step)
+        return self._upcoming
 
     @property
     def chooses_next(self) -> bool:
         """Whether the next step computes tokens that the device chooses."""
-        return self.steps_left > 0 and self.plan.rows_at(self.step)[2] > 0
+        return self.steps_left > 0 and self.upcoming.num_chosen > 0
 
     def advance(self) -> Step:
         """Take the next step, and return it; there must be one left."""
-        step = self.plan.at(self.step)
+        step, self._upcoming = self.upcoming, None
         self.step += 1
         return step
 

@@ -228,7 +228,7 @@ def test_a_request_that_reuses_starts_over_and_no_other():
 def test_a_cursor_knows_the_rows_of_its_next_step_and_whether_it_chooses():
     cursor, rows, chooses = Cursor(plan_of(Reuse(0.1, every=2), steps=4)), [], []
     while cursor.steps_left:
-        rows.append(cursor.num_rows)
+        rows.append(cursor.upcoming.num_rows)
         chooses.append(cursor.chooses_next)
         assert cursor.advance().num_rows == rows[-1]
     assert rows == [132, 32, 42, 32]

@@ -5,7 +5,8 @@
 The host needs longer to launch such a pass, kernel by kernel, than the GPU to run it.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed.parallel_state import graph_capture
+from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
@@ -27,6 +29,8 @@ from sparsed_vllm.kernels.layout import KEY_LEN, NUM_COLUMNS, BatchLayout, host_
 from sparsed_vllm.metadata import DENSE_LIGHT, DENSE_ROWS, Launch, MassRows, SparsedMetadata
 from sparsed_vllm.pages import PageWrites
 from sparsed_vllm.steps import Phase, Source, Step
+
+logger = init_logger("vllm.sparsed.graphs")
 
 ROW_COUNTS = (*range(16, 129, 16), *range(160, 513, 32))
 """Rows that graphs are captured for; a step of more keeps the GPU busy without."""
@@ -215,10 +219,12 @@ class LightGraphs:
         pages int32 [max_num_seqs, most pages]: vLLM's page table;  mass: as in ContextMass
         """
         self.forget()
+        longest = self.vllm_config.model_config.max_model_len
+        begin, (free, _) = time.perf_counter(), torch.accelerator.get_memory_info()
         out, graphs = None, {}
         with graph_capture(self.device):
-            for size in tqdm(self.sizes()[::-1], desc="Capturing CUDA graphs of light steps"):
-                inputs = LightInputs(size, self.vllm_config.model_config.max_model_len, self.device)
+            for size in _with_progress(self.sizes()[::-1]):
+                inputs = LightInputs(size, longest, self.device)
                 metadata = dict.fromkeys(layer_names, inputs.metadata(pages, mass))
                 run = partial(self._run, model, buffers, size.num_rows, metadata)
                 hidden_states = run()
@@ -226,6 +232,10 @@ class LightGraphs:
                 own = out[: size.num_rows]
                 graphs[size] = LightGraph(inputs, run, own, self.vllm_config)
         self._graphs = dict(sorted(graphs.items()))
+        seconds, taken = time.perf_counter() - begin, free - torch.accelerator.get_memory_info()[0]
+        logger.info(
+            "Light steps: %d CUDA graphs, %.1f s, %d MiB.", len(graphs), seconds, taken >> 20
+        )
 
     def _run(
         self,
@@ -234,12 +244,11 @@ class LightGraphs:
         num_rows: int,
         metadata: dict[str, SparsedMetadata],
     ) -> Tensor:
-        mode = CUDAGraphMode.NONE  # of vLLM's own graphs of parts of the model
         with set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=num_rows,
-            cudagraph_runtime_mode=mode,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,  # of vLLM's own graphs, of parts of a pass
             slot_mapping={},
         ):
             return model(buffers.input_ids[:num_rows], buffers.positions[:num_rows])
@@ -248,3 +257,7 @@ class LightGraphs:
 def is_light(step: Step) -> bool:
     """Whether a step attends to all pages of its sequence, as captured ones do."""
     return step.source is Source.PAGES and step.phase is Phase.DENSE
+
+
+def _with_progress(sizes: list[GraphSize]) -> Iterable[GraphSize]:
+    return tqdm(sizes, desc="Capturing light steps", disable=not is_global_first_rank())

@@ -65,6 +65,7 @@ def capturing(llada_path):
             patch.setattr(module, "flash_attention", lambda *_: FlashAttention(attend, None))
         patch.setattr(graphs, "LightGraph", Rerun)
         patch.setattr(graphs, "graph_capture", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
         patch.setattr(graphs, "ROW_COUNTS", (32, 64, 128))
         llm = start_engine(llada_path, additional_config={"reuse": {"by_default": 0}})
         executor = llm.llm_engine.engine_core.engine_core.model_executor

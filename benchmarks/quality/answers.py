@@ -12,8 +12,10 @@ from needle.network import Attention, Network, full_attention
 from torch import Tensor
 
 from quality.attention import SparseAttention
+from quality.caches import denoise_in_blocks
 from quality.methods import Method
 from quality.questions import Question
+from quality.reuse_methods import ReuseMethod
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # in which vLLM runs the model there
 
@@ -72,6 +74,41 @@ class Harness:
         )
         answers = denoise(self.network, prompts, self.canvas, self.steps, attention)
         return answers.tolist(), attention.density
+
+
+class CachedHarness:
+    """The network by itself, with Fast-dLLM's caches.
+
+    steps, passes: what its answers have cost so far: steps, and prompts that these computed
+    """
+
+    def __init__(
+        self, network: Network, canvas: int, steps: int, batch: int, threshold: float | None
+    ) -> None:
+        self.network, self.canvas, self.num_steps = network, canvas, steps
+        self.batch, self.threshold = batch, threshold
+        self.device = next(network.parameters()).device
+        self.steps = self.passes = 0
+
+    def answer(self, method: ReuseMethod, questions: list[Question]) -> Answers:
+        """questions: their prompts are of one length"""
+        assert method.cache is not None
+        answers = []
+        prompts = torch.tensor([question.prompt for question in questions], device=self.device)
+        for part in prompts.split(self.batch):
+            done = denoise_in_blocks(
+                self.network,
+                part,
+                self.canvas,
+                self.num_steps,
+                cache=method.cache,
+                block=method.block_length,
+                threshold=self.threshold,
+            )
+            self.steps += done.steps
+            self.passes += done.whole
+            answers += done.answers.tolist()
+        return answers, None
 
 
 class Engine:

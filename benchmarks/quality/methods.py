@@ -78,31 +78,3 @@ METHODS = {
         Method("streaming", "StreamingLLM", table="window", sinks=1),
     )
 }
-
-
-def reusing(
-    share: float, every: int = 1, refresh: int | None = None, table: Table = "none"
-) -> Method:
-    """Selective refresh, dense or (table `recorded`) with SparseD's lists."""
-    name, label = f"reuse-{share:g}", f"reuse, share {share:g}"
-    for setting, value in (("every", every), ("refresh", refresh)):
-        if value not in (1, None):
-            name, label = f"{name}-{setting}-{value}", f"{label}, {setting} {value}"
-    if table == "recorded":
-        name, label = f"{name}-sparse", f"{label}, SparseD"
-    return Method(name, label, table, reuse=Reuse(share, every, refresh))
-
-
-REUSE_METHODS = {
-    method.name: method
-    for method in (
-        DENSE,
-        METHODS["sparsed-0.3"],
-        reusing(0),
-        reusing(0, refresh=8),
-        *(reusing(share, every) for share in (0.01, 0.02, 0.05) for every in (1, 2, 4)),
-        *(reusing(share, table="recorded") for share in (0, 0.01, 0.02, 0.05)),
-        reusing(0.02, 2, table="recorded"),
-    )
-}
-"""What benchmarks/bench_quality_reuse.py compares."""

@@ -19,9 +19,13 @@ class Question:
     answer: list[int]
 
 
-def draw(task: str, length: int, canvas: int, index: int) -> Question:
-    """Question number `index`: a prompt of `length` tokens whose answer leaves the canvas room."""
-    rng = random.Random(f"{task} {length} {canvas} {index}")
+def draw(task: str, length: int, canvas: int, index: int, seed: int = 0) -> Question:
+    """Question number `index`: a prompt of `length` tokens whose answer leaves the canvas room.
+
+    seed: each has questions of its own
+    """
+    fresh = f" {seed}" if seed else ""
+    rng = random.Random(f"{task} {length} {canvas} {index}{fresh}")
     return Question(task, *pose(rng, task, length, canvas))
 
 

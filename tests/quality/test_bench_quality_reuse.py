@@ -8,18 +8,22 @@ import bench_quality_reuse
 import pytest
 from engines import start_engine
 from needle.checkpoint import SHIPPED
-from quality.methods import DENSE, METHODS, REUSE_METHODS
+from quality import experiments
+from quality.methods import DENSE, METHODS
+from quality.reuse_methods import REUSE_METHODS, method_of
 
 from sparsed_vllm.config import SparseConfig, Sparsity, choose_sparsity
+from sparsed_vllm.kernels import api
 from sparsed_vllm.params import DenoisingParams
-from sparsed_vllm.reuse import ReuseConfig, choose_reuse
-from sparsed_vllm.steps import Plan
+from sparsed_vllm.reuse import Reuse, ReuseConfig, choose_reuse
+from sparsed_vllm.steps import Cursor, Plan
 
 COMMON = {"method", "canvas", "share", "every", "refresh", "sparse", "questions", "passes", "steps"}
+ENGINE_METHODS = [m for m in map(method_of, REUSE_METHODS) if m.cache is None]
 GAINS = {"tokens_gain", "tokens_gain_margin", "exact_gain", "exact_gain_margin", "device"}
 
 
-@pytest.mark.parametrize("method", REUSE_METHODS.values(), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", ENGINE_METHODS, ids=lambda method: method.name)
 def test_a_request_reuses_what_its_method_says(method):
     config = ReuseConfig(by_default=False)
     assert choose_reuse(config, method.request, num_steps=32) == method.reuse
@@ -29,6 +33,30 @@ def test_a_request_reuses_what_its_method_says(method):
 
 def test_methods_of_the_plain_network_reuse_nothing():
     assert all(method.reuse is None for method in METHODS.values())
+
+
+def test_a_name_says_all_settings():
+    method = method_of("reuse-0.02-every-2-refresh-8-blocks-16-sparse-layers-last2-rows-2")
+    assert method.reuse == Reuse(0.02, 2, 8)
+    assert method.request["block_length"] == method.block_length == 16
+    assert method.table == "recorded" and method.experiment == (("layers", "last2"), ("rows", "2"))
+    assert (method_of("dual-8").cache, method_of("dual-8").block_length) == ("dual", 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reuse", "reuse-x", "reuse-0.1-every", "reuse-0.1-heads-0", "reuse-0.1-layers-most", "dual-0"],
+)
+def test_a_name_that_means_nothing_is_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        bench_quality_reuse.parse(["--methods", name])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_block_that_does_not_divide_the_canvas_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_quality_reuse.parse(["--canvas", "32", "--methods", "dual-24"])
+    assert "dual-24 must divide the canvas" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -49,29 +77,51 @@ def start_small(args):
 
 
 @pytest.mark.engine
-def test_a_run_prints_a_line_a_length_and_one_for_all(run):
-    names = ["reuse-0.05-every-2", "reuse-0.02-sparse"]
+def test_a_run_prints_a_line_a_length_and_one_for_all(run, tmp_path):
+    names = ["reuse-0.05-every-2", "reuse-0.02-sparse", "reuse-0-refresh-2-blocks-8", "cached-8"]
     sizes = "--questions 2 --tasks single multikey --canvas 32 --steps 8 --lengths 96 400"
-    lines = run(f"{sizes} --methods {' '.join(names)}")
+    command = f"{sizes} --methods {' '.join(names)} --marks {tmp_path / 'marks.jsonl'}"
+    lines = run(command)
     assert [(line["method"], line.get("length")) for line in lines] == [
         (name, length) for name in (DENSE.name, *names) for length in (96, 400, None)
     ]
     assert all(line.keys() >= COMMON | GAINS for line in lines)
-    assert [line["questions"] for line in lines] == [4, 4, 8] * 3
+    assert [line["questions"] for line in lines] == [4, 4, 8] * 5
     assert all(line["tokens_gain"] == line["tokens_gain_margin"] == 0 for line in lines[:3])
     for line in lines:
         lengths = [line["length"]] if "length" in line else [96, 400]
-        expected = [planned_passes(REUSE_METHODS[line["method"]], n) for n in lengths]
+        expected = [planned_passes(method_of(line["method"]), n) for n in lengths]
         assert line["passes"] == pytest.approx(sum(expected) / len(expected), abs=1e-3)
+    marks = (tmp_path / "marks.jsonl").read_text()
+    asked = list(map(json.loads, marks.splitlines()))
+    # A block's first step whole, the others from the block on: Fast-dLLM's prefix cache.
+    assert [x["marks"] for x in asked[6:8]] == [x["marks"] for x in asked[8:10]]
+    assert run(command) == lines
+    assert (tmp_path / "marks.jsonl").read_text() == marks
 
 
 def planned_passes(method, prompt_len):
-    """Rows of the prompt that 8 steps compute, by its length."""
-    params = DenoisingParams(32, 8, 32, "low_confidence")
+    """Prompts that 8 steps compute, by the prompt's length."""
+    if method.cache is not None:
+        return 4
+    params = DenoisingParams(32, 8, method.block_length or 32, "low_confidence")
     sparsity = Sparsity(0.2, 0.3, 32) if method.table == "recorded" else None
     plan = Plan(params, sparsity, prompt_len, reuse=method.reuse)
-    rows = sum(plan.at(step).num_rows - 32 for step in range(8))
-    return rows / prompt_len
+    steps = [plan.at(step) for step in range(8)]
+    return sum(s.num_chosen + max(0, prompt_len - s.first_row) for s in steps) / prompt_len
+
+
+@pytest.mark.engine
+def test_an_experiment_ends_with_its_method(reusing_llada):
+    notes = [layer.notes_mass for layer in experiments.layers_of(reusing_llada)]
+    before = api.token_mass, Cursor.chooses_next
+    settings = [("layers", "first1"), ("heads", "1"), ("rows", "2"), ("noted", "4")]
+    with experiments.applied(reusing_llada, settings):
+        inside = [layer.notes_mass for layer in experiments.layers_of(reusing_llada)]
+        assert inside == [True] + [False] * (len(notes) - 1)
+        assert api.token_mass is not before[0]
+    assert [layer.notes_mass for layer in experiments.layers_of(reusing_llada)] == notes
+    assert (api.token_mass, Cursor.chooses_next) == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+"""The ways to reuse keys and values that are compared, by name.
+
+    reuse-0.02-every-2-refresh-8-sparse    selective refresh with these settings, by the engine
+    cached-8, dual-16                      Fast-dLLM's prefix and dual cache, blocks of so many
+    plain                                  every step computes all, by the caches' network
+    dense, sparsed-0.3                     exact requests
+
+What varies settings that requests do not have (experiments.py) follows in the same way.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from quality.experiments import EXPERIMENTS, check
+from quality.methods import DENSE, METHODS, Method
+from sparsed_vllm.reuse import Reuse
+
+Cache = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class ReuseMethod(Method):
+    """A method of the comparison.
+
+    block_length: places that are denoised together; None: all
+    cache: what the plain network computes between whole steps (caches.py); None: the engine answers
+    experiment: settings of the engine that it runs under, by name
+    """
+
+    block_length: int | None = None
+    cache: Cache | None = None
+    experiment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def request(self) -> dict[str, Any] | None:
+        """As of Method; None where the plain network answers."""
+        if self.cache is not None:
+            return None
+        blocks = {} if self.block_length is None else {"block_length": self.block_length}
+        return {**(super().request or {}), **blocks}
+
+
+def method_of(name: str) -> ReuseMethod:
+    """The method of a name. Raises ValueError, which says what names there are."""
+    kind, *words = name.split("-")
+    if kind == "reuse" and words:
+        return _reusing(name, words)
+    if kind in CACHES and len(words) == 1 and words[0].isdecimal() and int(words[0]) > 0:
+        return ReuseMethod(name, name, "none", block_length=int(words[0]), cache=CACHES[kind])
+    if name == "plain":
+        return ReuseMethod(name, name, "none", cache="none")
+    if name in (DENSE.name, "sparsed-0.3"):
+        return ReuseMethod(**vars(METHODS[name]))
+    raise ValueError(f"{name} is no method; {NAMES}")
+
+
+CACHES: dict[str, Cache] = {"cached": "prefix", "dual": "dual"}
+FIELDS = ("every", "refresh", "blocks")
+NAMES = (
+    "those are dense, sparsed-0.3, plain, cached-BLOCK, dual-BLOCK and reuse-SHARE, which takes "
+    f"{', '.join(f'-{field}-N' for field in FIELDS)}, -sparse and, of experiments, "
+    + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
+)
+
+
+def _reusing(name: str, words: list[str]) -> ReuseMethod:
+    share, *rest = words
+    method = ReuseMethod(name, name, "none", reuse=Reuse(float(share)))
+    while rest:
+        word = rest.pop(0)
+        if word == "sparse":
+            method = replace(method, table="recorded")
+        elif word in (*FIELDS, *EXPERIMENTS) and rest:
+            method = _with(method, word, rest.pop(0))
+        else:
+            raise ValueError(f"{name}: {word} is no setting; {NAMES}")
+    return method
+
+
+def _with(method: ReuseMethod, field: str, value: str) -> ReuseMethod:
+    assert method.reuse is not None
+    if field in EXPERIMENTS:
+        check(field, value)
+        return replace(method, experiment=(*method.experiment, (field, value)))
+    if field == "blocks":
+        return replace(method, block_length=int(value))
+    return replace(method, reuse=replace(method.reuse, **{field: int(value)}))
+
+
+SHARES, EVERY = ("0.01", "0.02", "0.05"), ("", "-every-2", "-every-4")
+REUSE_METHODS = (
+    "dense",
+    "sparsed-0.3",
+    "reuse-0",
+    "reuse-0-refresh-8",
+    *(f"reuse-{share}{every}" for share in SHARES for every in EVERY),
+    "reuse-0-sparse",
+    "reuse-0-refresh-8-sparse",
+    *(f"reuse-{share}{every}-sparse" for share in SHARES for every in EVERY),
+    "plain",
+    "dual-8",
+    "dual-16",
+    "dual-32",
+)
+"""What benchmarks/bench_quality_reuse.py compares, if it is not told."""

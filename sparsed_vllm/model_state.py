@@ -36,6 +36,7 @@ from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.graphs import LightGraph, LightGraphs
 from sparsed_vllm.kernels.layout import send
 from sparsed_vllm.logprobs import LogprobRecord
+from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.metadata import SparsedMetadata
 from sparsed_vllm.recorded_tables import RecordedTables
 from sparsed_vllm.refresh import ContextMass, LightRows, ReadRows
@@ -84,7 +85,8 @@ class DenoisingModelState(ModelState):
         self.mass: ContextMass | None = None  # where requests may reuse keys and values
         if self.reader.reuse_config is not None:
             sizes = (self.max_num_reqs, self.max_model_len)
-            self.mass = ContextMass(*sizes, device, tensor_model_parallel_all_reduce)
+            match = PromptMatch(self.canvases)
+            self.mass = ContextMass(*sizes, device, tensor_model_parallel_all_reduce, match)
         self.graphs = LightGraphs(vllm_config, device)
         self.logprobs: dict[int, LogprobRecord] = {}  # by slot, of requests that ask
         self._opening: list[NewCanvas] = []
@@ -187,13 +189,16 @@ class DenoisingModelState(ModelState):
         if self.mass is None or not kept:
             return batch
         slots = [request.slot for request in batch.requests]
-        light = self.mass.choose(batch.starts.tolist(), slots, batch.steps, batch.plans)
+        # Before the first step there are no states, and nothing to choose.
+        tokens = None if self.req_states is None else self.req_states.all_token_ids.gpu
+        light = self.mass.choose(batch.starts.tolist(), slots, batch.steps, batch.plans, tokens)
         writes = page_writes(batch, kept, light, self._pages)
         spans = {
             i: (first, end - first)
             for i, first, end in batch.rows_of_requests()
             if batch.requests[i].cursor.chooses_next
         }
+        self.mass.renew(slots, batch.steps, batch.plans)
         # A step that reads nothing keeps what the one before noted, but never another request's.
         begun = [i for i, step in enumerate(batch.steps) if step.source is Source.FRESH]
         self.mass.clear([slots[i] for i in sorted({*spans, *begun})])

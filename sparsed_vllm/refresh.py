@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Which tokens of the context a light step computes anew: those that its canvas attended to most.
+"""Which tokens of the context a light step computes anew: those that its canvas attended to most,
+or that match what was filled.
 
 How many is in the request's plan; which, only the device knows.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels.layout import places_within, send
+from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.steps import Plan, Source, Step
 
 
@@ -58,15 +60,32 @@ class ContextMass:
         longest: int,
         device: torch.device,
         add_ranks: Callable[[Tensor], Tensor],
+        match: PromptMatch | None = None,
     ) -> None:
-        """add_ranks: sums a tensor over tensor-parallel ranks, each of which has its own heads"""
+        """add_ranks: sums a tensor over tensor-parallel ranks, each of which has its own heads
+
+        match: for requests that choose by it
+        """
         self.mass = torch.zeros(num_slots, longest, device=device)
         self._add_ranks = add_ranks
+        self.match = match
 
     def clear(self, slots: Sequence[int]) -> None:
         """Begin a new step of these requests."""
         if slots:
             self.mass.index_fill_(0, send(np.array(slots), self.mass.device), 0.0)
+
+    def renew(self, slots: Sequence[int], steps: Sequence[Step], plans: Sequence[Plan]) -> None:
+        """Note which requests compute tokens of their prompt in a step; once it has chosen."""
+        if self.match is not None:
+            self.match.renew(
+                [
+                    slot
+                    for slot, step, plan in zip(slots, steps, plans, strict=True)
+                    if plan.reuse is not None and plan.reuse.by_match
+                    if step.source is Source.FRESH or step.num_chosen
+                ]
+            )
 
     def choose(
         self,
@@ -74,10 +93,12 @@ class ContextMass:
         slots: Sequence[int],
         steps: Sequence[Step],
         plans: Sequence[Plan],
+        tokens: Tensor | None = None,
     ) -> LightRows | None:
         """The rows of the light steps of a batch; None if it has none.
 
         starts: where each sequence begins in the batch
+        tokens int32 [num_slots, longest]: of each slot, the prompt first; needed to choose by match
         """
         light = [i for i, step in enumerate(steps) if step.source is Source.PAGES]
         if not light:
@@ -90,30 +111,43 @@ class ContextMass:
         found = send(np.concatenate(known, axis=1), self.mass.device)
         choosing = [i for i in light if steps[i].num_chosen]
         if choosing:
-            found = torch.cat([found, self._chosen(starts, slots, steps, choosing)], dim=1)
+            ends = [steps[i].first_row for i in choosing]
+            own = [slots[i] for i in choosing], [plans[i] for i in choosing]
+            best = self._best(ends, *own, tokens)
+            found = torch.cat([found, _chosen(starts, steps, choosing, best)], dim=1)
         return LightRows(*found)
 
-    def _chosen(
+    def _best(
         self,
-        starts: Sequence[int],
+        ends: Sequence[int],
         slots: Sequence[int],
-        steps: Sequence[Step],
-        seqs: Sequence[int],
+        plans: Sequence[Plan],
+        tokens: Tensor | None,
     ) -> Tensor:
-        """Rows, places and sequences of the chosen tokens, int64 [3, n]."""
-        counts = np.array([steps[i].num_chosen for i in seqs])
-        which = np.repeat(np.arange(len(seqs)), counts)
-        ranks = places_within(counts)
-        rows = np.array([starts[i] for i in seqs])[which] + ranks
-        table = send(np.stack([which, ranks, rows, np.array(seqs)[which]]), self.mass.device)
-        best = self._best([slots[i] for i in seqs], [steps[i].first_row for i in seqs])
-        return torch.stack([table[2], best[table[0], table[1]], table[3]])
+        """Places before `ends` by what their request chooses by, the best first.
 
-    def _best(self, slots: Sequence[int], ends: Sequence[int]) -> Tensor:
-        """Places before `ends` by their mass, the most first; int64 [len(slots), max(ends)]."""
+        int64 [len(slots), max(ends)]
+        """
         columns = send(np.array([slots, ends]), self.mass.device)
         mass = self._add_ranks(self.mass[columns[0], : max(ends)])
-        places = torch.arange(mass.shape[1], device=mass.device)
-        mass = mass.masked_fill(places >= columns[1][:, None], -1.0)
-        # Stable, so that equal masses are told apart by place and never by batch mates.
-        return mass.argsort(dim=1, descending=True, stable=True)
+        is_behind = torch.arange(mass.shape[1], device=mass.device) >= columns[1][:, None]
+        if any(plan.reuse is not None and plan.reuse.by_match for plan in plans):
+            assert self.match is not None and tokens is not None
+            mass = self.match.weigh(mass.masked_fill(is_behind, 0), ends, slots, plans, tokens)
+        # Stable, so that equal ones are told apart by place and never by batch mates.
+        return mass.masked_fill(is_behind, -1).argsort(dim=1, descending=True, stable=True)
+
+
+def _chosen(
+    starts: Sequence[int], steps: Sequence[Step], seqs: Sequence[int], best: Tensor
+) -> Tensor:
+    """Rows, places and sequences of the chosen tokens, int64 [3, n].
+
+    best int64 [len(seqs), places]: the places of each, the best first
+    """
+    counts = np.array([steps[i].num_chosen for i in seqs])
+    which = np.repeat(np.arange(len(seqs)), counts)
+    ranks = places_within(counts)
+    rows = np.array([starts[i] for i in seqs])[which] + ranks
+    table = send(np.stack([which, ranks, rows, np.array(seqs)[which]]), best.device)
+    return torch.stack([table[2], best[table[0], table[1]], table[3]])

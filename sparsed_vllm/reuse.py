@@ -7,25 +7,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsed_vllm.config import read_section
-from sparsed_vllm.params import BadRequest, Field, flag, integer, number
+from sparsed_vllm.params import BadRequest, Field, flag, integer, number, word
 
 PRESET = "selective"
 """The word that switches an engine's reuse on, with the defaults of ReuseConfig."""
+
+CHOICES = ("attention", "match", "both")
+"""By what tokens are chosen: how much masked places attend to them; what was filled that matches
+them (match.py); or the sum of the two, each by its own sum."""
 
 
 @dataclass(frozen=True)
 class Reuse:
     """How one request reuses keys and values between steps.
 
-    share: of the tokens before the current block, those that a light step computes anew, by how
-        much its masked places attend to them
+    share: of the tokens before the current block, those that a light step computes anew
     every: such tokens are computed in every `every`-th step only
     refresh: every so many steps all tokens are computed; None: in the first step only
+    choice: by what such tokens are chosen (one of CHOICES)
     """
 
     share: float
     every: int = 1
     refresh: int | None = None
+    choice: str = CHOICES[0]
+
+    @property
+    def by_attention(self) -> bool:
+        return self.choice != "match"
+
+    @property
+    def by_match(self) -> bool:
+        return self.choice != "attention"
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class ReuseConfig:
     """An engine's defaults, from `--additional-config '{"reuse": "selective"}'` or a mapping.
 
     Without the section no request may reuse keys and values, and pages have no room for them.
-    share, every, refresh: as in Reuse
+    share, every, refresh, choice: as in Reuse
     by_default: whether requests that do not say reuse them
     layers: share of the layers, from the last, whose attention chooses
     """
@@ -41,6 +54,7 @@ class ReuseConfig:
     share: float = 0.02
     every: int = 1
     refresh: int | None = None
+    choice: str = CHOICES[0]
     by_default: bool = True
     layers: float = 1.0
 
@@ -62,10 +76,14 @@ _SHARE = Field(
     number, lambda share: 0 <= share <= 1, "a number in [0, 1]", "Use 0.02, or 1 for exact steps."
 )
 _COUNT = Field(integer, lambda n: n >= 1, "an integer of at least 1", "Leave it out.")
+_CHOICE = Field(
+    word, lambda name: name in CHOICES, f"one of {', '.join(CHOICES)}", f"Use {CHOICES[0]}."
+)
 SECTION_FIELDS = {
     "share": _SHARE,
     "every": _COUNT,
     "refresh": _COUNT,
+    "choice": _CHOICE,
     "layers": Field(number, lambda share: 0 < share <= 1, "a number in (0, 1]", "Leave it out."),
     "by_default": Field(flag, lambda _: True, "0 or 1", "Leave it out to reuse by default."),
 }
@@ -75,6 +93,7 @@ REQUEST_FIELDS = {
     "kv_share": _SHARE,
     "kv_every": _COUNT,
     "kv_refresh": _COUNT,
+    "kv_choice": _CHOICE,
 }
 """A request's own settings, in `extra_args` or `vllm_xargs`."""
 
@@ -114,4 +133,5 @@ def choose_reuse(
     # What computes all tokens at every step is an exact step.
     if not wanted or share == 1 or refresh == 1:
         return None
-    return Reuse(share, given.get("kv_every", config.every), refresh)
+    choice = given.get("kv_choice", config.choice)
+    return Reuse(share, given.get("kv_every", config.every), refresh, choice)

@@ -229,8 +229,11 @@ class Cursor:
 
     @property
     def chooses_next(self) -> bool:
-        """Whether the next step computes tokens that the device chooses."""
-        return self.steps_left > 0 and self.upcoming.num_chosen > 0
+        """Whether the next step computes tokens that the attention of the one before chooses."""
+        reuse = self.plan.reuse
+        if reuse is None or not reuse.by_attention or not self.steps_left:
+            return False
+        return self.upcoming.num_chosen > 0
 
     def advance(self) -> Step:
         """Take the next step, and return it; there must be one left."""

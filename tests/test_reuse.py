@@ -26,10 +26,11 @@ def test_one_word_switches_reuse_on_for_all():
 
 
 def test_an_engine_sets_its_own_defaults():
-    config = ReuseConfig.of({"reuse": {"share": 0.1, "every": 2, "refresh": 8, "by_default": 0}})
-    assert config == ReuseConfig(0.1, 2, 8, by_default=False)
+    given = {"share": 0.1, "every": 2, "refresh": 8, "choice": "match", "by_default": 0}
+    config = ReuseConfig.of({"reuse": given})
+    assert config == ReuseConfig(0.1, 2, 8, "match", by_default=False)
     assert choose_reuse(config, {}, 16) is None
-    assert choose_reuse(config, {"kv_reuse": 1}, 16) == Reuse(0.1, 2, 8)
+    assert choose_reuse(config, {"kv_reuse": 1}, 16) == Reuse(0.1, 2, 8, "match")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,8 @@ def test_an_engine_sets_its_own_defaults():
         ("refresh", 0, "an integer of at least 1"),
         ("refresh", -4, "an integer of at least 1"),
         ("by_default", 2, "0 or 1"),
-        ("keep", 0.3, "absent; the keys are share, every, refresh, layers, by_default"),
+        ("choice", "mass", "one of attention, match, both"),
+        ("keep", 0.3, "absent; the keys are share, every, refresh, choice, layers, by_default"),
     ],
 )
 def test_bad_settings_are_refused_by_name(key, value, allowed):
@@ -60,13 +62,13 @@ def test_bad_settings_are_refused_by_name(key, value, allowed):
 def test_settings_are_the_word_or_a_mapping(given):
     with pytest.raises(BadRequest, match='reuse must be "selective" or a mapping') as refused:
         ReuseConfig.of({"reuse": given})
-    assert "share, every, refresh, layers, by_default" in str(refused.value)
+    assert "share, every, refresh, choice, layers, by_default" in str(refused.value)
 
 
 def test_a_request_has_its_own_settings():
-    given = {"kv_share": 0, "kv_every": 3, "kv_refresh": 4}
+    given = {"kv_share": 0, "kv_every": 3, "kv_refresh": 4, "kv_choice": "both"}
     for config in (DEFAULTS, MAY_REUSE):
-        assert choose_reuse(config, given, 16) == Reuse(0, 3, 4)
+        assert choose_reuse(config, given, 16) == Reuse(0, 3, 4, "both")
         assert choose_reuse(config, {**given, "kv_reuse": 0}, 16) is None
 
 
@@ -97,6 +99,8 @@ def test_what_computes_every_token_in_every_step_is_exact(given):
         ("kv_refresh", 0, "an integer of at least 1"),
         ("kv_refresh", 17, "an integer in [1, 16]"),
         ("kv_refresh", 10**400, "an integer"),
+        ("kv_choice", "mass", "one of attention, match, both"),
+        ("kv_choice", 1, "one of attention, match, both"),
         ("kv_reuse", 2, "0 or 1"),
         ("kv_reuse", "on", "0 or 1"),
     ],
@@ -113,7 +117,7 @@ def test_a_request_s_bad_settings_are_refused_by_name(name, value, allowed, rest
 @pytest.mark.parametrize("name", REQUEST_FIELDS)
 def test_an_engine_without_reuse_refuses_it_and_says_how_to_start_one(name):
     with pytest.raises(BadRequest) as refused:
-        choose_reuse(None, {name: 1}, 16)
+        choose_reuse(None, {name: "match" if name == "kv_choice" else 1}, 16)
     assert refused.value.field == name
     assert '--additional-config \'{"reuse": "selective"}\'' in str(refused.value)
 
@@ -234,3 +238,10 @@ def test_a_cursor_knows_the_rows_of_its_next_step_and_whether_it_chooses():
     assert rows == [132, 32, 42, 32]
     assert chooses == [False, False, True, False]
     assert not cursor.chooses_next
+
+
+def test_a_step_before_one_that_chooses_by_match_alone_notes_nothing():
+    for choice, notes in [("attention", True), ("both", True), ("match", False)]:
+        cursor = Cursor(plan_of(Reuse(0.1, choice=choice)))
+        cursor.advance()
+        assert cursor.chooses_next == notes

@@ -108,6 +108,7 @@ def expected(family, path, extra, batch, max_tokens=32):
 
 
 SPARSE = {"use_sparsed": 1, "sparsed_block_size": 16}
+BOTH = {"kv_choice": "both"}
 STALE = [
     ("llada", {"steps": 16, "kv_share": 0}),
     ("llada", {"steps": 16, "kv_share": 0.02}),
@@ -129,6 +130,13 @@ STALE = [
     ("dream", {"steps": 16, "alg": "entropy", "block_length": 8, "kv_share": 0.1}),
     ("dream", {"threshold": 0.2, "block_length": 8, "kv_share": 0.1, "kv_refresh": 4}),
     ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0.1, **SPARSE}),
+    ("llada", {"steps": 16, "kv_share": 0.05, "kv_choice": "match"}),
+    ("llada", {"steps": 16, "kv_share": 0.02, "kv_choice": "both"}),
+    ("llada", {"steps": 16, "block_length": 8, "kv_share": 0.1, "kv_every": 3, **BOTH}),
+    ("llada", {"threshold": 0.2, "block_length": 8, "kv_share": 0.1, "kv_refresh": 4, **BOTH}),
+    ("llada", {"steps": 16, "kv_share": 0.1, **SPARSE, **BOTH}),
+    ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0.1, "kv_choice": "match"}),
+    ("dream", {"steps": 16, "alg": "topk_margin", "kv_share": 0.02, "kv_every": 2, **BOTH}),
 ]
 
 
@@ -166,8 +174,8 @@ def choices_of(llm, monkeypatch):
     mass, found = state_of(llm).mass, []
     choose = mass.choose
 
-    def spy(starts, slots, steps, plans):
-        light = choose(starts, slots, steps, plans)
+    def spy(starts, slots, steps, plans, tokens):
+        light = choose(starts, slots, steps, plans, tokens)
         places = [] if light is None else light.places[light.seqs == 0].tolist()
         found.append(sorted(place for place in places if place < steps[0].first_row))
         return light
@@ -188,6 +196,8 @@ PHASES = [
     {**LIGHT, **SPARSE, "sparsed_block_size": 64, "kv_refresh": 5, "block_length": 8},
     {"threshold": 0.2, "kv_share": 0.1, "block_length": 8},
     {"steps": 16, "remasking": "random", "kv_share": 0.1},
+    {"steps": 16, "kv_share": 0.05, "kv_choice": "match"},
+    {"steps": 12, "kv_share": 0.1, "kv_every": 2, "block_length": 8, **BOTH},
 ]
 
 
@@ -363,9 +373,9 @@ def test_pages_hold_keys_and_values_only_where_requests_may_reuse_them(llada, re
 
 
 def test_an_engine_s_own_defaults_hold(reusing_llada, llada_path):
-    settings = {"reuse": {"share": 0.1, "every": 2, "refresh": 5}}
+    settings = {"reuse": {"share": 0.1, "every": 2, "refresh": 5, "choice": "both"}}
     by_default = start_engine(llada_path, additional_config=settings)
-    asked = {"steps": 16, "kv_share": 0.1, "kv_every": 2, "kv_refresh": 5}
+    asked = {"steps": 16, "kv_share": 0.1, "kv_every": 2, "kv_refresh": 5, **BOTH}
     for extra, same in [
         ({}, asked),
         ({"kv_reuse": 1}, asked),
@@ -461,8 +471,8 @@ def choices_by_prompt(llm, monkeypatch):
     mass, found = state_of(llm).mass, defaultdict(list)
     choose = mass.choose
 
-    def spy(starts, slots, steps, plans):
-        light = choose(starts, slots, steps, plans)
+    def spy(starts, slots, steps, plans, tokens):
+        light = choose(starts, slots, steps, plans, tokens)
         for i, (step, plan) in enumerate(zip(steps, plans, strict=True)):
             if step.source is Source.PAGES:
                 places = light.places[light.seqs == i]
@@ -481,6 +491,7 @@ BAD = [
     ({"kv_refresh": 17}, r"kv_refresh must be an integer in \[1, 16\]"),
     ({"kv_every": 17}, r"kv_every must be an integer in \[1, 16\]"),
     ({"kv_reuse": 2}, r"kv_reuse must be"),
+    ({"kv_choice": "rare"}, r"kv_choice must be one of attention, match, both"),
     ({"kv_shares": 0.1}, r"kv_shares must be absent"),
 ]
 

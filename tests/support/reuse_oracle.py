@@ -20,11 +20,15 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Reuse:
-    """share: of the places before the canvas's block;  every, refresh: in steps, None: never."""
+    """share: of the places before the canvas's block;  every, refresh: in steps, None: never.
+
+    choice: by what they are chosen: attention, match or both
+    """
 
     share: float
     every: int = 1
     refresh: int | None = None
+    choice: str = "attention"
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,16 @@ class ReusingNetwork:
         self.kept: list[tuple[Tensor, Tensor]] = []  # by layer, the keys and values of all places
         self.masks: list[Tensor] = []  # by layer, bool [num_heads, blocks, blocks]
         self.mass = torch.zeros(outline.length, dtype=torch.float64)
+        self.seen: list[int] = []  # the ids when tokens of the prompt were last computed
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """ids [1, L] -> logits [1, L, vocab], NaN for places that are not computed."""
         net, step = self.net, len(self.chosen)
-        first, chosen = self._choose(step)
+        first, chosen = self._choose(step, ids[0].tolist())
         self.chosen.append(chosen)
+        if first == 0 or chosen:
+            self.seen = ids[0].tolist()
         is_computed = torch.arange(ids.shape[1]) >= first
         is_computed[chosen] = True
         dense = torch.tensor(chosen, dtype=torch.long)  # of a sparse step
@@ -121,7 +128,7 @@ class ReusingNetwork:
         logits = linear(rms_norm(x, net.norm, net.eps), net.head) * net.logit_scale
         return logits.masked_fill(~is_computed[:, None], math.nan)[None]
 
-    def _choose(self, step: int) -> tuple[int, list[int]]:
+    def _choose(self, step: int, ids: list[int]) -> tuple[int, list[int]]:
         """The first place from which on all are computed, and the chosen ones before it."""
         reuse = self.reuse
         if step == 0 or (reuse.refresh and step % reuse.refresh == 0):
@@ -132,11 +139,23 @@ class ReusingNetwork:
         count = math.ceil(reuse.share * first)
         if count == 0 or step % reuse.every:
             return first, []
-        order = self.mass[:first].argsort(descending=True, stable=True)
-        if count < first:
-            kept, left = self.mass[order[count - 1 : count + 1]].log().tolist()
+        scores = self._scores(first, ids)
+        order = scores.argsort(descending=True, stable=True)
+        if count < first and reuse.choice != "match":  # those are exact
+            kept, left = scores[order[count - 1 : count + 1]].log().tolist()
             self.closest = min(self.closest, kept - left)
         return first, sorted(order[:count].tolist())
+
+    def _scores(self, first: int, ids: list[int]) -> Tensor:
+        """What the places before `first` are chosen by, float64 [first]."""
+        mass, prompt = self.mass[:first], ids[: min(first, self.outline.num_prompt)]
+        filled = {new for old, new in zip(self.seen, ids, strict=True) if old != new}
+        match = torch.zeros_like(mass)
+        for place, token in enumerate(prompt):
+            match[place] = (token in filled) / prompt.count(token)
+        if self.reuse.choice == "both":
+            return mass / mass.sum() + match / max(match.sum(), 1e-9)
+        return match if self.reuse.choice == "match" else mass
 
     def _listed(self, index: int, scores: Tensor, dense: Tensor) -> Tensor:
         """scores [num_heads, L, L], -inf for the keys that a row does not attend to."""

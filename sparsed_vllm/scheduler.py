@@ -24,7 +24,7 @@ from sparsed_vllm.admission import RequestReader
 from sparsed_vllm.config import reason_for
 from sparsed_vllm.metrics import report
 from sparsed_vllm.tally import Progress, TableCount, Tally
-from sparsed_vllm.turns import Claim, Room, take_turns
+from sparsed_vllm.turns import Claim, Room, Turns
 
 logger = init_logger("vllm.sparsed.requests")
 
@@ -57,7 +57,7 @@ class DenoisingScheduler(Scheduler):
         self.progress: dict[str, Progress] = {}  # by request id, as the claims
         self.claims: dict[str, Claim] = {}
         self.tally = Tally()
-        self.shortest_first = True  # in the coming step, if not all fit
+        self.turns = Turns()
 
     def add_request(self, request: Request) -> None:
         """Queue a request with its canvas; unseeded ones get a seed that all workers share."""
@@ -107,10 +107,7 @@ class DenoisingScheduler(Scheduler):
         if self.pause_state is PauseState.UNPAUSED:
             front = islice(self.waiting, _MOST_WAITING)
             claims += [self._claim_of(request.request_id, False) for request in front]
-        granted = take_turns(claims, self._room(), shortest_first=self.shortest_first)
-        if len(granted) < len(claims):
-            self.shortest_first = not self.shortest_first
-        return granted
+        return self.turns.take(claims, self._room())
 
     def _claim_of(self, request_id: str, is_running: bool) -> Claim:
         claim = self.claims[request_id]
@@ -127,6 +124,7 @@ class DenoisingScheduler(Scheduler):
             request.arrival_time,
             priority=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
             pages=-(-request.num_tokens // self.block_size),
+            makes_way=self.progress[request.request_id].plan.reuse is not None,
         )
 
     def _room(self) -> Room:

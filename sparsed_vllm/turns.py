@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""Which requests a step serves when not all fit: every other step goes to the shortest."""
+"""Which requests a step serves when not all fit: steps go to the shortest and the oldest in turn,
+and some to a newcomer.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +21,8 @@ class Claim:
     priority: those with a lower one come first (0 where priorities do not count)
     rows: tokens that its coming step computes; 0: all
     is_running: whether it has its seat and pages already;  pages: that it takes
+    makes_way: whether it pauses, once it runs, for a newcomer's first step: its steps are many and
+        of few rows
     """
 
     request: Any
@@ -27,6 +32,7 @@ class Claim:
     rows: int = 0
     is_running: bool = False
     pages: int = 0
+    makes_way: bool = False
     by_age: tuple[int, float] = field(init=False)
     by_length: tuple[int, int, float] = field(init=False)
 
@@ -57,6 +63,57 @@ class Room:
         return True
 
 
+class Turn(Enum):
+    """Who comes first in a step that does not hold all."""
+
+    SHORTEST = "shortest"
+    OLDEST = "oldest"
+    NEWCOMER = "newcomer"
+
+
+_AFTER = {
+    Turn.SHORTEST: Turn.OLDEST,
+    Turn.OLDEST: Turn.NEWCOMER,
+    Turn.NEWCOMER: Turn.SHORTEST,
+}
+
+
+class Turns:
+    """Whose turn the coming step is."""
+
+    def __init__(self) -> None:
+        self.turn = Turn.SHORTEST
+
+    def take(self, claims: Iterable[Claim], room: Room) -> list[Claim]:
+        """The claims that are granted in a step, in their order; where some are not, the next step
+        is another's turn.
+
+        The newcomer's is left out where it would let nobody in.
+        """
+        claims = list(claims)
+        granted = make_way(claims, room) if self.turn is Turn.NEWCOMER else []
+        if not granted:
+            self.turn = Turn.SHORTEST if self.turn is Turn.NEWCOMER else self.turn
+            granted = take_turns(claims, room, shortest_first=self.turn is Turn.SHORTEST)
+        if len(granted) < len(claims):
+            self.turn = _AFTER[self.turn]
+        return granted
+
+
+def make_way(claims: Iterable[Claim], room: Room) -> list[Claim]:
+    """The claims that are granted where running ones of many light steps come last.
+
+    They may leave a newcomer no room for its first step, which computes all of its tokens, for as
+    long as any of them runs. None are granted where none of them runs, or nobody would come in.
+    """
+    claims = list(claims)
+    if not any(claim.is_running and claim.makes_way for claim in claims):
+        return []
+    order = sorted(claims, key=lambda c: (c.priority, c.is_running and c.makes_way, c.arrival))
+    granted = _grant(order, replace(room), keeps_queue=True)
+    return granted if any(not claim.is_running for claim in granted) else []
+
+
 def take_turns(claims: Iterable[Claim], room: Room, *, shortest_first: bool) -> list[Claim]:
     """The claims that are granted in a step, in their order.
 
@@ -67,20 +124,28 @@ def take_turns(claims: Iterable[Claim], room: Room, *, shortest_first: bool) -> 
         request lacks in order to run at all is not given to a younger one even so.
     """
     room = replace(room)
-    by_age = sorted(claims, key=attrgetter("by_age"))
+    order = sorted(claims, key=attrgetter("by_age"))
     if shortest_first:
-        by_age = _unhindered(by_age, room)
-        by_age.sort(key=attrgetter("by_length"))
+        order = _unhindered(order, room)
+        order.sort(key=attrgetter("by_length"))
+    return _grant(order, room, keeps_queue=not shortest_first)
+
+
+def _grant(order: Iterable[Claim], room: Room, *, keeps_queue: bool) -> list[Claim]:
+    """The claims that find room one after another, which they take.
+
+    keeps_queue: whether one that does not run yet is not overtaken by others that do not
+    """
     granted: list[Claim] = []
     queue_is_held = False
-    for claim in by_age:
+    for claim in order:
         if room.tokens < 1:
             break
         if queue_is_held and not claim.is_running:
             continue
         if room.take(claim):
             granted.append(claim)
-        elif not (claim.is_running or shortest_first):
+        elif keeps_queue and not claim.is_running:
             queue_is_held = True
     return granted
 

@@ -155,6 +155,7 @@ def settings(method: ReuseMethod) -> dict[str, Any]:
         "share": reuse and reuse.share,
         "every": reuse and reuse.every,
         "refresh": reuse and reuse.refresh,
+        "choice": reuse and reuse.choice,
         "sparse": method.table == "recorded",
         "block_length": method.block_length,
         "experiment": dict(method.experiment),

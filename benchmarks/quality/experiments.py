@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quality.table_experiments import listing, recording, renewing
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.layout import NUM_ROWS, BatchLayout, places_within, send
 from sparsed_vllm.steps import Cursor
@@ -137,4 +138,7 @@ EXPERIMENTS = {
     "heads": Experiment(choosing_heads, _is_count),
     "rows": Experiment(choosing_rows, _is_count),
     "noted": Experiment(choosing_steps, _is_count),
+    "recorded": Experiment(recording, {"warm"}.__contains__),
+    "renewed": Experiment(renewing, {"all"}.__contains__),
+    "lists": Experiment(listing, {"own", "canvas"}.__contains__),
 }

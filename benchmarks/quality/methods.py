@@ -51,10 +51,9 @@ class Method:
     def _kept(self) -> dict[str, Any]:
         if self.reuse is None:
             return {}
+        refresh = {} if self.reuse.refresh is None else {"kv_refresh": self.reuse.refresh}
         fields = {"kv_share": self.reuse.share, "kv_every": self.reuse.every}
-        return (
-            fields if self.reuse.refresh is None else {**fields, "kv_refresh": self.reuse.refresh}
-        )
+        return {**fields, "kv_choice": self.reuse.choice, **refresh}
 
 
 DENSE = Method("dense", "dense", table="none")

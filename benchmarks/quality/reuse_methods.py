@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from quality.experiments import EXPERIMENTS, check
 from quality.methods import DENSE, METHODS, Method
-from sparsed_vllm.reuse import Reuse
+from sparsed_vllm.reuse import CHOICES, Reuse
 
 Cache = Literal["none", "prefix", "dual"]
 
@@ -57,10 +57,10 @@ def method_of(name: str) -> ReuseMethod:
 
 
 CACHES: dict[str, Cache] = {"cached": "prefix", "dual": "dual"}
-FIELDS = ("every", "refresh", "blocks")
+FIELDS = ("every", "refresh", "blocks", "by")
 NAMES = (
     "those are dense, sparsed-0.3, plain, cached-BLOCK, dual-BLOCK and reuse-SHARE, which takes "
-    f"{', '.join(f'-{field}-N' for field in FIELDS)}, -sparse and, of experiments, "
+    f"-every-N, -refresh-N, -blocks-N, -by-{', -by-'.join(CHOICES)}, -sparse and, of experiments, "
     + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
 )
 
@@ -86,6 +86,10 @@ def _with(method: ReuseMethod, field: str, value: str) -> ReuseMethod:
         return replace(method, experiment=(*method.experiment, (field, value)))
     if field == "blocks":
         return replace(method, block_length=int(value))
+    if field == "by":
+        if value not in CHOICES:
+            raise ValueError(f"{value} is no choice; {NAMES}")
+        return replace(method, reuse=replace(method.reuse, choice=value))
     return replace(method, reuse=replace(method.reuse, **{field: int(value)}))
 
 
@@ -96,6 +100,7 @@ REUSE_METHODS = (
     "reuse-0",
     "reuse-0-refresh-8",
     *(f"reuse-{share}{every}" for share in SHARES for every in EVERY),
+    *(f"reuse-{share}-by-{choice}" for share in ("0.01", "0.02") for choice in ("match", "both")),
     "reuse-0-sparse",
     "reuse-0-refresh-8-sparse",
     *(f"reuse-{share}{every}-sparse" for share in SHARES for every in EVERY),

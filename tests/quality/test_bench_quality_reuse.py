@@ -11,6 +11,7 @@ from needle.checkpoint import SHIPPED
 from quality import experiments
 from quality.methods import DENSE, METHODS
 from quality.reuse_methods import REUSE_METHODS, method_of
+from vllm import SamplingParams
 
 from sparsed_vllm.config import SparseConfig, Sparsity, choose_sparsity
 from sparsed_vllm.kernels import api
@@ -36,8 +37,8 @@ def test_methods_of_the_plain_network_reuse_nothing():
 
 
 def test_a_name_says_all_settings():
-    method = method_of("reuse-0.02-every-2-refresh-8-blocks-16-sparse-layers-last2-rows-2")
-    assert method.reuse == Reuse(0.02, 2, 8)
+    method = method_of("reuse-0.02-every-2-refresh-8-blocks-16-by-both-sparse-layers-last2-rows-2")
+    assert method.reuse == Reuse(0.02, 2, 8, "both")
     assert method.request["block_length"] == method.block_length == 16
     assert method.table == "recorded" and method.experiment == (("layers", "last2"), ("rows", "2"))
     assert (method_of("dual-8").cache, method_of("dual-8").block_length) == ("dual", 8)
@@ -45,7 +46,15 @@ def test_a_name_says_all_settings():
 
 @pytest.mark.parametrize(
     "name",
-    ["reuse", "reuse-x", "reuse-0.1-every", "reuse-0.1-heads-0", "reuse-0.1-layers-most", "dual-0"],
+    [
+        "reuse",
+        "reuse-x",
+        "reuse-0.1-by-luck",
+        "reuse-0.1-every",
+        "reuse-0.1-heads-0",
+        "reuse-0.1-layers-most",
+        "dual-0",
+    ],
 )
 def test_a_name_that_means_nothing_is_refused(name, capsys):
     with pytest.raises(SystemExit):
@@ -122,6 +131,40 @@ def test_an_experiment_ends_with_its_method(reusing_llada):
         assert api.token_mass is not before[0]
     assert [layer.notes_mass for layer in experiments.layers_of(reusing_llada)] == notes
     assert (api.token_mass, Cursor.chooses_next) == before
+
+
+def steps_of(settings, **reuse):
+    """[(phase, whether all tokens are computed)] of 8 sparse steps."""
+    params = DenoisingParams(32, 8, 32, "low_confidence")
+    plan = Plan(params, Sparsity(0.2, 0.3, 32), 100, reuse=Reuse(0.1, **reuse))
+    with experiments.applied(None, settings):
+        return [(step.phase.value, step.num_rows == 132) for step in map(plan.at, range(8))]
+
+
+def test_tables_are_recorded_where_an_experiment_says():
+    whole, light = ("sparse", True), ("sparse", False)
+    assert steps_of([], refresh=5) == [("recording", True), *[light] * 4, whole, light, light]
+    renewed = steps_of([("renewed", "all")], refresh=5)
+    assert renewed == [("recording", True), *[light] * 4, ("recording", True), light, light]
+    warm = steps_of([("recorded", "warm")])
+    assert warm == [("dense", True), ("dense", False), ("recording", True), *[light] * 5]
+
+
+@pytest.mark.engine
+def test_chosen_tokens_follow_lists_where_an_experiment_says(reusing_llada):
+    prompts = [{"prompt_token_ids": [i % 50 for i in range(n)]} for n in (90, 200)]
+
+    def answers(select, whose=None):
+        extra = {"steps": 16, "kv_share": 0.3, "sparsed_select": select}
+        extra |= {"use_sparsed": 1, "sparsed_block_size": 16}
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
+        with experiments.applied(reusing_llada, [("lists", whose)] if whose else []):
+            outputs = reusing_llada.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    assert answers(1.0, "own") == answers(1.0, "canvas") == answers(1.0)
+    few = [answers(0.05, whose) for whose in ("own", "canvas", None)]
+    assert few[0] != few[2] and few[1] != few[2]
 
 
 @pytest.mark.parametrize(

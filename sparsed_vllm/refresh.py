@@ -6,7 +6,7 @@ or that match what was filled.
 How many is in the request's plan; which, only the device knows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from torch import Tensor
 from sparsed_vllm.kernels.layout import places_within, send
 from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.steps import Plan, Source, Step
+
+_RANKED_AT_ONCE = 1 << 21  # tokens of sequences that choose, padded to the longest
+_BYTES_RANKED = 160  # of each: copies of its mass and id, and what sorting them takes
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,18 @@ class ContextMass:
             rows = starts[i] + steps[i].num_chosen + np.arange(len(places))
             known.append(np.stack([rows, places, np.full(len(places), i)]))
         found = send(np.concatenate(known, axis=1), self.mass.device)
-        choosing = [i for i in light if steps[i].num_chosen]
-        if choosing:
-            ends = [steps[i].first_row for i in choosing]
-            own = [slots[i] for i in choosing], [plans[i] for i in choosing]
-            best = self._best(ends, *own, tokens)
-            found = torch.cat([found, _chosen(starts, steps, choosing, best)], dim=1)
-        return LightRows(*found)
+        parts = [found]
+        for some in _at_once([i for i in light if steps[i].num_chosen], steps):
+            ends = [steps[i].first_row for i in some]
+            own = [slots[i] for i in some], [plans[i] for i in some]
+            parts.append(_chosen(starts, steps, some, self._best(ends, *own, tokens)))
+        return LightRows(*torch.cat(parts, dim=1))
+
+    def hold(self) -> None:
+        """Take, for a moment, what the largest choice needs: for memory profiling."""
+        num_slots, longest = self.mass.shape
+        largest = min(num_slots * longest, max(longest, _RANKED_AT_ONCE))
+        torch.empty(largest * _BYTES_RANKED, dtype=torch.uint8, device=self.mass.device)
 
     def _best(
         self,
@@ -136,6 +144,20 @@ class ContextMass:
             mass = self.match.weigh(mass.masked_fill(is_behind, 0), ends, slots, plans, tokens)
         # Stable, so that equal ones are told apart by place and never by batch mates.
         return mass.masked_fill(is_behind, -1).argsort(dim=1, descending=True, stable=True)
+
+
+def _at_once(seqs: Sequence[int], steps: Sequence[Step]) -> Iterator[list[int]]:
+    """Sequences that are ranked together: as many as rows of the longest's length have room for."""
+    part: list[int] = []
+    longest = 0
+    for i in seqs:
+        longest = max(longest, steps[i].first_row)
+        if part and longest * (len(part) + 1) > _RANKED_AT_ONCE:
+            yield part
+            part, longest = [], steps[i].first_row
+        part.append(i)
+    if part:
+        yield part
 
 
 def _chosen(

@@ -158,6 +158,8 @@ class DenoisingSampler:
             tokens, *_ = api.choose_tokens(logits, policy.choice, Forbidden(mask_token_id), None)
             if policy.logprobs is not None:
                 score_tokens(logits, tokens, policy.logprobs, mask_token_id)
+        if self.state.mass is not None:
+            self.state.mass.hold()
 
     def _rewind_total_len(self, batch: DenoisingBatch, input_batch: InputBatch) -> None:
         """Point vLLM's record of each sequence at the end of what was handed out.

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from sparsed_vllm import refresh
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.refresh import ContextMass
 from sparsed_vllm.reuse import Reuse
@@ -91,7 +92,11 @@ def random_plans(draw, count):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_batch_mates_change_no_choice_and_every_row_of_a_light_step_is_named_once(seed, step):
+@pytest.mark.parametrize("at_once", [10, 100, 1 << 21])
+def test_batch_mates_change_no_choice_and_every_row_of_a_light_step_is_named_once(
+    monkeypatch, seed, step, at_once
+):
+    monkeypatch.setattr(refresh, "_RANKED_AT_ONCE", at_once)
     draw = random.Random(seed)
     plans = [plan for plan in random_plans(draw, 12) if plan.num_steps > step]
     # Few values, so that many are equal.
@@ -122,3 +127,18 @@ def test_a_new_step_forgets_the_mass_of_its_requests_only():
     context.clear([])
     context.clear([0, 2])
     assert context.mass[:, 0].tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_no_choice_ranks_more_than_memory_profiling_holds(monkeypatch, share):
+    monkeypatch.setattr(refresh, "_RANKED_AT_ONCE", 200)
+    plans = [plan_of(n, Reuse(share)) for n in (1, 60, 7, 59, 3, 3, 60)]
+    context = mass_of([[]] * len(plans))
+    ranked, held, empty = [], [], torch.empty
+    best = context._best
+    monkeypatch.setattr(context, "_best", lambda *a: ranked.append(best(*a).numel()) or best(*a))
+    choose(context, plans)
+    monkeypatch.setattr(torch, "empty", lambda n, **_: held.append(n) or empty(0))
+    context.hold()
+    assert len(ranked) > 1
+    assert max(ranked) * refresh._BYTES_RANKED <= held[0] <= 200 * refresh._BYTES_RANKED

@@ -347,6 +347,20 @@ def test_light_requests_share_a_step_that_could_not_hold_their_tokens(reusing_ll
     assert {count for step in rows for count in step} == {332, 38}
 
 
+def test_light_requests_pause_for_the_first_step_of_a_newcomer(reusing_llada, monkeypatch):
+    batch, extra = [[i] * 100 for i in range(3)] + [[3] * 300], {"steps": 32, "kv_share": 0.1}
+    undisturbed = alone(reusing_llada, batch, [extra] * 4)
+    monkeypatch.setattr(scheduler_of(reusing_llada), "max_num_scheduled_tokens", 400)
+    for i, prompt in enumerate(batch[:3]):
+        add(reusing_llada, f"{i}", prompt, extra)
+    run_steps(reusing_llada, 4)
+    rows = rows_sent(reusing_llada, monkeypatch)
+    add(reusing_llada, "3", batch[3], extra)
+    got = tokens_by_id(run_steps(reusing_llada))
+    assert any(332 in step for step in rows[:3])
+    assert [got[str(i)] for i in range(4)] == undisturbed
+
+
 def test_requests_that_take_turns_get_the_same_tokens(
     reusing_llada, async_reusing_llada, monkeypatch
 ):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quality.table_experiments import listing, recording, renewing
 from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.layout import NUM_ROWS, BatchLayout, places_within, send
+from sparsed_vllm.kernels.layout import NUM_ROWS, QUERY_START, BatchLayout, send
 from sparsed_vllm.steps import Cursor
 
 
@@ -96,8 +96,10 @@ def choosing_rows(llm: Any, n: str) -> Iterator[None]:
         *rest: Any,
         scale: float,
     ) -> None:
-        counts = places_within(layout.host[NUM_ROWS]) % int(n) == 0
-        weights = weights * send(counts.astype(np.float32), weights.device)
+        counts = np.zeros(len(weights), np.float32)
+        for start, count in zip(*layout.host[[QUERY_START, NUM_ROWS]].tolist(), strict=True):
+            counts[start : start + count : int(n)] = 1
+        weights = weights * send(counts, weights.device)
         token_mass(q, keys, lse, layout, pages, weights, *rest, scale=scale)
 
     token_mass = api.token_mass

@@ -16,11 +16,11 @@ from torch import Tensor
 from sparsed_vllm import metadata
 from sparsed_vllm.attention import LayerStep, SparsedImpl
 from sparsed_vllm.kernels.layout import PAGE, BlockTables, Placement
-from sparsed_vllm.metadata import Kind, Launch, Member
+from sparsed_vllm.metadata import DENSE_LIGHT, Kind, Launch, Member
 from sparsed_vllm.refresh import ContextMass, LightRows
 from sparsed_vllm.steps import Phase, Plan, Source, Step, recording_step
 
-_CHOSEN = Kind(Source.PAGES, Phase.DENSE, tile=32)  # no other dense launch has such tiles
+_CHOSEN = DENSE_LIGHT._replace(tile=32)  # no other dense launch has such tiles
 
 
 @contextmanager
@@ -117,11 +117,9 @@ class ChosenTokens:
             found = members(batch, lengths)
             if batch is None:
                 return found
-            dense = Kind(Source.PAGES, Phase.DENSE, metadata.DENSE_ROWS)
-            own = found.pop(dense, [])
-            for member in own:
+            for member in found.pop(DENSE_LIGHT, []):
                 is_sparse = batch.steps[member.seq].phase is Phase.SPARSE
-                found.setdefault(_CHOSEN if is_sparse else dense, []).append(member)
+                found.setdefault(_CHOSEN if is_sparse else DENSE_LIGHT, []).append(member)
             return found
 
         return split

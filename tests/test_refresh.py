@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sparsed_vllm import refresh
+from sparsed_vllm.canvases import Canvases
+from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.refresh import ContextMass
-from sparsed_vllm.reuse import Reuse
+from sparsed_vllm.reuse import CHOICES, Reuse
 from sparsed_vllm.steps import Plan, Source
 
 CPU = torch.device("cpu")
@@ -142,3 +144,28 @@ def test_no_choice_ranks_more_than_memory_profiling_holds(monkeypatch, share):
     context.hold()
     assert len(ranked) > 1
     assert max(ranked) * refresh._BYTES_RANKED <= held[0] <= 200 * refresh._BYTES_RANKED
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_takes_no_more_memory_than_profiling_holds(choice):
+    plans = [plan_of(4000, Reuse(0.02, choice=choice), 128, 128, 128)] * 600
+    canvases = Canvases(600, 128, torch.device("cuda"))
+    match = PromptMatch(canvases)
+    context = ContextMass(600, 4224, canvases.device, lambda mass: mass, match)
+    tokens = torch.randint(0, 50, (600, 4224), dtype=torch.int32, device="cuda")
+    match.masked.fill_(True)
+    canvases.tokens.random_(0, 50)
+    context.mass.uniform_()
+    steps = [plan.at(1) for plan in plans]
+    starts = [i * steps[0].num_rows for i in range(600)]
+
+    def taken(run):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    chosen = taken(lambda: context.choose(starts, range(600), steps, plans, tokens))
+    assert 0 < chosen <= taken(context.hold)

@@ -150,21 +150,35 @@ def test_tables_are_recorded_where_an_experiment_says():
     assert warm == [("dense", True), ("dense", False), ("recording", True), *[light] * 5]
 
 
+def answers(llm, experiment, **extra):
+    """The tokens of two sparse requests under an experiment's settings."""
+    prompts = [{"prompt_token_ids": [i % 50 for i in range(n)]} for n in (90, 200)]
+    extra = {"steps": 16, "use_sparsed": 1, "sparsed_block_size": 16, **extra}
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
+    with experiments.applied(llm, experiment):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("select", [0.05, 0.3])
+def test_recorded_after_the_warm_up_with_own_lists_for_all_tokens_it_is_sparsed(
+    reusing_llada, select
+):
+    experiment = [("recorded", "warm"), ("lists", "own")]
+    everything = answers(reusing_llada, experiment, sparsed_select=select, kv_share=0.9999)
+    assert everything == answers(reusing_llada, [], sparsed_select=select)
+
+
 @pytest.mark.engine
 def test_chosen_tokens_follow_lists_where_an_experiment_says(reusing_llada):
-    prompts = [{"prompt_token_ids": [i % 50 for i in range(n)]} for n in (90, 200)]
-
-    def answers(select, whose=None):
-        extra = {"steps": 16, "kv_share": 0.3, "sparsed_select": select}
-        extra |= {"use_sparsed": 1, "sparsed_block_size": 16}
-        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
-        with experiments.applied(reusing_llada, [("lists", whose)] if whose else []):
-            outputs = reusing_llada.generate(prompts, params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    assert answers(1.0, "own") == answers(1.0, "canvas") == answers(1.0)
-    few = [answers(0.05, whose) for whose in ("own", "canvas", None)]
-    assert few[0] != few[2] and few[1] != few[2]
+    whole = {"kv_share": 0.3, "sparsed_select": 1.0}
+    few = {**whole, "sparsed_select": 0.05}
+    own, canvas = [("lists", "own")], [("lists", "canvas")]
+    dense = answers(reusing_llada, [], **whole)
+    assert answers(reusing_llada, own, **whole) == answers(reusing_llada, canvas, **whole) == dense
+    got = [answers(reusing_llada, experiment, **few) for experiment in (own, canvas, [])]
+    assert got[0] != got[2] and got[1] != got[2]
 
 
 @pytest.mark.parametrize(

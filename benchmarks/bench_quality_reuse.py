@@ -174,7 +174,7 @@ def start(args: argparse.Namespace) -> Any:
         max_num_seqs=args.batch,
         max_num_batched_tokens=args.batch_tokens,
         kv_cache_memory_bytes=CACHE_BYTES[DEVICE],
-        additional_config={"reuse": {"by_default": 0}},
+        additional_config={"reuse": {"by_default": 0, "layers": 1}},
     )
 
 

@@ -88,7 +88,8 @@ class RequestReader:
         plan = Plan(denoising, sparsity, prompt_len, shift=int(self.family.shifts_logits))
         if sparsity is not None:
             self._check_table(sparsity, length)
-        chosen = choose_reuse(self.reuse_config, extra_args, plan.num_steps)
+        by_threshold = denoising.threshold is not None
+        chosen = choose_reuse(self.reuse_config, extra_args, plan.num_steps, by_threshold)
         return replace(plan, reuse=chosen)
 
     def _denoising(

@@ -12,6 +12,9 @@ from sparsed_vllm.params import BadRequest, Field, flag, integer, number, word
 PRESET = "selective"
 """The word that switches an engine's reuse on, with the defaults of ReuseConfig."""
 
+EVERY = 2
+"""Prompt tokens are computed in every second step, if nothing else is said."""
+
 CHOICES = ("attention", "match", "both")
 """By what tokens are chosen: how much masked places attend to them; what was filled that matches
 them (match.py); or the sum of the two, each by its own sum."""
@@ -46,17 +49,18 @@ class ReuseConfig:
     """An engine's defaults, from `--additional-config '{"reuse": "selective"}'` or a mapping.
 
     Without the section no request may reuse keys and values, and pages have no room for them.
-    share, every, refresh, choice: as in Reuse
+    share, every, refresh, choice: as in Reuse; every: None: EVERY, or 1 where a threshold decides
+        how many places a step fills: then steps are few
     by_default: whether requests that do not say reuse them
     layers: share of the layers, from the last, whose attention chooses
     """
 
     share: float = 0.02
-    every: int = 1
+    every: int | None = None
     refresh: int | None = None
     choice: str = CHOICES[0]
     by_default: bool = True
-    layers: float = 1.0
+    layers: float = 0.25
 
     @classmethod
     def of(cls, additional_config: object) -> "ReuseConfig | None":
@@ -102,11 +106,13 @@ def choose_reuse(
     config: ReuseConfig | None,
     extra_args: Mapping[str, Any],
     num_steps: int,
+    by_threshold: bool = False,
 ) -> Reuse | None:
     """How a request reuses keys and values, or None if every step computes all tokens.
 
     config: the engine's defaults; None where its pages hold no keys and values
     extra_args: the request's parameters;  num_steps: the most that it takes
+    by_threshold: whether a threshold decides how many
     Raises BadRequest.
     """
     given = {
@@ -133,5 +139,5 @@ def choose_reuse(
     # What computes all tokens at every step is an exact step.
     if not wanted or share == 1 or refresh == 1:
         return None
-    choice = given.get("kv_choice", config.choice)
-    return Reuse(share, given.get("kv_every", config.every), refresh, choice)
+    every = given.get("kv_every", config.every) or (1 if by_threshold else EVERY)
+    return Reuse(share, every, refresh, given.get("kv_choice", config.choice))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import write_dream, write_llada
 
-MAY_REUSE = {"reuse": {"by_default": 0}}
+MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
 
 
 def pytest_collection_modifyitems(items):

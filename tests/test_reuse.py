@@ -22,7 +22,13 @@ def test_without_the_section_there_is_no_reuse(additional):
 
 def test_one_word_switches_reuse_on_for_all():
     assert ReuseConfig.of({"reuse": "selective"}) == DEFAULTS == ReuseConfig.of({"reuse": {}})
-    assert choose_reuse(DEFAULTS, {}, 16) == Reuse(0.02)
+    assert choose_reuse(DEFAULTS, {}, 16) == Reuse(0.02, every=2)
+
+
+def test_with_a_threshold_every_step_computes_prompt_tokens_unless_it_is_told():
+    assert choose_reuse(DEFAULTS, {}, 16, by_threshold=True) == Reuse(0.02, every=1)
+    assert choose_reuse(DEFAULTS, {"kv_every": 3}, 16, by_threshold=True).every == 3
+    assert choose_reuse(ReuseConfig(every=4), {}, 16, by_threshold=True).every == 4
 
 
 def test_an_engine_sets_its_own_defaults():

@@ -40,7 +40,7 @@ def page() -> str:
     request = {name: sparse.get(name.removeprefix("sparsed_")) for name in config.REQUEST_FIELDS}
     parts += ["", "### Sparse attention, all models", ""]
     parts += _table(config.REQUEST_FIELDS, request)
-    defaults = asdict(reuse.ReuseConfig())
+    defaults = asdict(reuse.ReuseConfig()) | {"every": f"{reuse.EVERY}, or 1 with a threshold"}
     own = {name: defaults.get(name.removeprefix("kv_")) for name in reuse.REQUEST_FIELDS}
     parts += ["", "### Reuse of keys and values, all models", ""]
     parts += _table(reuse.REQUEST_FIELDS, own)

@@ -21,6 +21,8 @@ from sparsed_vllm.graphs import GraphSize, LightGraph
 
 pytestmark = pytest.mark.engine
 
+MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
+
 
 def attend(q, k, v, *, cu_seqlens_q, softmax_scale, out, cu_seqlens_k=None, seqused_k=None, **rest):
     """FlashAttention's varlen function, keys in pages or side by side."""
@@ -67,7 +69,7 @@ def capturing(llada_path):
         patch.setattr(graphs, "graph_capture", lambda _: contextlib.nullcontext())
         patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
         patch.setattr(graphs, "ROW_COUNTS", (32, 64, 128))
-        llm = start_engine(llada_path, additional_config={"reuse": {"by_default": 0}})
+        llm = start_engine(llada_path, additional_config=MAY_REUSE)
         executor = llm.llm_engine.engine_core.engine_core.model_executor
         runner = executor.driver_worker.worker.model_runner
         runner.model_state.capture_inner_cudagraphs(

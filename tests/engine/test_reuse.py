@@ -22,7 +22,7 @@ from sparsed_vllm.steps import Source
 pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 17, 100, 301)
-MAY_REUSE = {"reuse": {"by_default": 0}}
+MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
 
 
 def prompts(seed=2):

@@ -81,7 +81,7 @@ def run(monkeypatch, capsys):
 
 
 def start_small(args):
-    config = {"reuse": {"by_default": 0}}
+    config = {"reuse": {"by_default": 0, "layers": 1}}
     return start_engine(SHIPPED, max_model_len=640, additional_config=config)
 
 

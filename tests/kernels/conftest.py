@@ -3,6 +3,7 @@
 """Runs Triton in its interpreter where there is no GPU."""
 
 import os
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -29,3 +30,10 @@ def interpreter_that_multiplies_bf16():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """vLLM's processes load this plugin themselves. There is none where there is a GPU."""
+    for plugin in entry_points(group="vllm.general_plugins", name="quick_interpreter"):
+        plugin.load()()

@@ -160,7 +160,7 @@ def test_an_interrupted_training_leaves_a_checkpoint(number, tmp_path):
 
 
 def wait_for(file):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not file.exists():
         assert time.monotonic() < end, f"no {file}"
         time.sleep(0.1)

@@ -3,13 +3,14 @@
 """`vllm serve` for tests, in processes of its own."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -34,16 +35,29 @@ def serving(
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment = {**inherited, "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
         try:
             _wait_until_ready(server, client)
             yield server, client
         finally:
-            server.terminate()
-            server.wait(timeout=60)
-            log.seek(0)
-            print(log.read()[-5000:])
+            try:
+                _end(server)
+            finally:
+                log.seek(0)
+                print(log.read()[-5000:])
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """A server that does not end is an error, and leaves no process of its own behind either."""
+    server.terminate()
+    try:
+        server.wait(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Keys and values that requests reuse between steps: tokens against the oracle's, in any batch."""
 
+import functools
 import math
 import random
 from collections import defaultdict
@@ -92,9 +93,16 @@ LOADERS = {
 
 def expected(family, path, extra, batch, max_tokens=32):
     """The oracle's runs of a request's parameters."""
+    asked = tuple(extra.items())
+    return [run_of(family, path, asked, tuple(prompt), max_tokens) for prompt in batch]
+
+
+@functools.cache
+def run_of(family, path, extra, prompt, max_tokens):
+    """One of them; several tests compare with the same."""
     load, generate_reusing, length_name, mask_id = LOADERS[family]
     parts = {"kv": {}, "sparsed": {}, "": {}}
-    for name, value in extra.items():
+    for name, value in extra:
         prefix, _, rest = name.partition("_")
         own = prefix if prefix in parts else ""
         parts[own][rest if own else name] = value
@@ -103,8 +111,7 @@ def expected(family, path, extra, batch, max_tokens=32):
     given = {length_name: max_tokens, "mask_id": mask_id, "sparsity": sparsity, **denoising}
     if family == "dream":
         given = {"alg": "maskgit_plus", **given}
-    network, reuse = load(path), Reuse(**parts["kv"])
-    return [generate_reusing(network, prompt, reuse=reuse, **given) for prompt in batch]
+    return generate_reusing(load(path), prompt, reuse=Reuse(**parts["kv"]), **given)
 
 
 SPARSE = {"use_sparsed": 1, "sparsed_block_size": 16}

@@ -76,7 +76,7 @@ def exact_confidence(logits, tokens, choice, forbidden):
 
 
 def check(logits, choice, forbidden=None, **options):
-    """Tokens like the twin's, confidences within rounding, and the largest logits."""
+    """Tokens like the twin's, which it returns, confidences within rounding, and largest logits."""
     forbidden = forbidden or Forbidden(MASK)
     tokens, confidence, largest = run(logits, choice, forbidden, **options)
     twin = run(logits, choice, forbidden, reference.choose_tokens, "cpu")
@@ -84,6 +84,7 @@ def check(logits, choice, forbidden=None, **options):
     exact = exact_confidence(logits, tokens, choice, forbidden)
     assert_within_rounding(confidence, exact, twin[1])
     assert torch.equal(largest, logits.amax(-1).float())
+    return tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,8 +108,7 @@ def test_tokens_are_drawn_as_the_twin_draws_them(rest, confidence, dtype):
 def test_stop_tokens_are_barred_from_early_rows(choice):
     logits, forbidden = random_logits(), early_in(8)
     logits[:, forbidden.stop_tokens] += 10
-    check(logits, Choice(**choice), forbidden)
-    tokens = run(logits, Choice(**choice), forbidden)[0]
+    tokens = check(logits, Choice(**choice), forbidden)
     assert not torch.isin(tokens[forbidden.early], forbidden.stop_tokens).any()
 
 

@@ -1,5 +1,7 @@
 BIN := .venv/bin
 STAMP := .venv/.stamp
+# Processes that share the test files: engines of both would not fit the memory of one GPU.
+WORKERS := $(if $(shell command -v nvidia-smi),0,2)
 
 .PHONY: demo test lint types dev clean
 
@@ -7,7 +9,7 @@ demo: dev  ## needles in haystacks, asked with dense and with sparse attention
 	$(BIN)/python examples/demo.py
 
 test: dev  ## never `python -m pytest`: it puts this folder, with kernels/, on sys.path
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: dev
 	$(BIN)/ruff check

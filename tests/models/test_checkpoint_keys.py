@@ -85,6 +85,11 @@ def start(path, **args):
     return EngineArgs(str(path), dtype="float32", **args).create_engine_config()
 
 
+def named(value):
+    """For a test's name: that of a function, which is the same in each process."""
+    return value.__name__ if callable(value) else str(value)
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_key_of_the_authors_is_honoured_refused_or_harmless(architecture):
     config = find_class(MODELS[architecture].config)()
@@ -139,7 +144,7 @@ def test_a_value_that_is_not_computed_is_refused_by_its_key(tmp_path, architectu
         (write_llada_moe, {"moe_layer_freq": [1, 0]}, "moe_layer_freq must be 1 throughout"),
         (write_llada_moe, {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_other_configurations_that_cannot_run_are_refused_by_name(
     tmp_path, write, changes, message
@@ -241,7 +246,7 @@ def test_a_configuration_survives_its_own_round_trip(tmp_path, checkpoint, tie):
         (write_llada, {"max_sequence_length": 4096, "rope_theta": 1e7}, {"rope_theta": 1e7}),
         (write_dream, {"rope_scaling": YARN}, {"rope_theta": 1e6, "rope_type": "yarn"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_overrides_of_the_rotary_embedding_take_effect(tmp_path, write, overrides, expected):
     model = start(write(tmp_path), hf_overrides=overrides).model_config

@@ -49,9 +49,12 @@ __all__ = [
     "id_dtype",
     "most_kept",
     "num_blocks",
+    "paged_attention",
+    "paged_block_sparse_attention",
     "select_blocks",
     "send_layouts",
     "token_mass",
+    "write_pages",
 ]
 
 logger = logging.getLogger("vllm.sparsed.kernels")
@@ -142,6 +145,63 @@ def block_sparse_attention(
     return attend(q, k, v, layout, tables, scale=scale, out=out, return_lse=return_lse)
 
 
+def write_pages(
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Writes keys and values of rows to their places in pages, with 0 for a value that is NaN."""
+    assert k.shape == v.shape and k.dtype == v.dtype == keys.dtype == values.dtype
+    assert keys.shape == values.shape == (keys.shape[0], PAGE, *k.shape[1:])
+    assert keys.stride() == values.stride(), "keys and values lie alike"
+    assert k.stride(2) == v.stride(2) == keys.stride(3) == 1, "a head's numbers lie side by side"
+    indices = (pages, offsets) if rows is None else (pages, offsets, rows)
+    for x in indices:
+        assert x.shape == pages.shape and x.is_contiguous() and not x.is_floating_point()
+    assert rows is not None or len(pages) <= len(k)
+    _for(k, "write_pages")(k, v, keys, values, pages, offsets, rows)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: BatchLayout,
+    pages: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of a few rows over all keys of their sequence, in pages; returns as dense does."""
+    _check_paged(layout, q, keys, pages, values, out)
+    assert not layout.host[FIRST_ROW].any(), "rows of any tokens have no first one"
+    attend = _for(q, "paged_attention")
+    return attend(q, keys, values, layout, pages, scale=scale, out=out, return_lse=return_lse)
+
+
+def paged_block_sparse_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over the listed key blocks, in pages; returns as block_sparse_attention does."""
+    _check_paged(layout, q, keys, tables.pages, values, out)
+    _check_tables(layout, q.shape[1], tables)
+    attend = _for(q, "paged_block_sparse_attention")
+    return attend(q, keys, values, layout, tables, scale=scale, out=out, return_lse=return_lse)
+
+
 def token_mass(
     q: Tensor,
     keys: Tensor,
@@ -156,6 +216,7 @@ def token_mass(
 ) -> None:
     """Adds the softmax mass that a few rows put on each token of their sequence, keys in pages."""
     _check_paged(layout, q, keys, pages)
+    assert not layout.host[FIRST_ROW].any(), "rows of any tokens have no first one"
     assert lse.shape == (q.shape[1], q.shape[0]) and weights.shape == q.shape[:1]
     assert lse.dtype == weights.dtype == mass.dtype == torch.float32
     assert weights.is_contiguous() and mass.stride(1) == 1
@@ -274,15 +335,26 @@ def _check_batch(
         assert out.shape == q.shape and out.dtype == q.dtype and out.stride(2) == 1
 
 
-def _check_paged(layout: BatchLayout, q: Tensor, keys: Tensor, pages: Tensor) -> None:
-    """q's rows belong to any tokens of their sequence, so that there is no first one."""
+def _check_paged(
+    layout: BatchLayout,
+    q: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    values: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
     assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
     assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
     assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
     assert keys.shape[1:] == (PAGE, keys.shape[2], q.shape[2]) and keys.dtype == q.dtype
     assert q.shape[1] % keys.shape[2] == 0, "each key head serves the same number of query heads"
     assert keys.stride(3) == q.stride(2) == 1, "a head's numbers lie side by side"
-    assert q.shape[0] >= layout.num_query_rows and not layout.host[FIRST_ROW].any()
+    if values is not None:
+        assert values.shape == keys.shape and values.dtype == q.dtype
+        assert values.stride() == keys.stride(), "keys and values lie alike"
+    if out is not None:
+        assert out.shape == q.shape and out.dtype == q.dtype and out.stride(2) == 1
+    assert q.shape[0] >= layout.num_query_rows
     assert pages.dtype == torch.int32 and pages.stride(1) == 1
     assert pages.shape[0] >= layout.num_page_rows
     assert pages.shape[1] >= num_blocks(layout.max_key_len, PAGE)

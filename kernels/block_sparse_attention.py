@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsed_vllm.kernels.layout import BatchLayout, BlockTables
 from sparsed_vllm.kernels.reference import empty_attention
 from sparsed_vllm.kernels.tiles import (
-    FAR,
     KEY_LEN,
     KEY_START,
     LOG2_E,
@@ -23,6 +22,7 @@ from sparsed_vllm.kernels.tiles import (
     find_row,
     find_tile,
     head_options,
+    listed_keys,
     load_rows,
     store_attention,
 )
@@ -160,12 +160,12 @@ def _block_sparse_attention_kernel(
     # Only the last listed block can be the sequence's last, partial one.
     whole = tl.maximum(count - 1, 0) * BLOCK // KEYS
     for step in tl.range(0, whole):
-        first, keys = _listed_keys(ids, count, step, BLOCK, KEYS)
+        first, keys = listed_keys(ids, count, step, BLOCK, KEYS)
         k = load_rows(k_base, first, keys, key_len, stride_k_row, HEAD_DIM, DIM, False)
         v = load_rows(v_base, first, keys, key_len, stride_v_row, HEAD_DIM, DIM, False)
         acc, total, peak = attend(acc, total, peak, q, k, v, keys, scale_log2, False)
     for step in tl.range(whole, tl.cdiv(count * BLOCK, KEYS)):
-        first, keys = _listed_keys(ids, count, step, BLOCK, KEYS)
+        first, keys = listed_keys(ids, count, step, BLOCK, KEYS)
         k = load_rows(k_base, first, keys, key_len, stride_k_row, HEAD_DIM, DIM, True)
         v = load_rows(v_base, first, keys, key_len, stride_v_row, HEAD_DIM, DIM, True)
         seen = first + keys < key_len
@@ -188,19 +188,3 @@ def _block_sparse_attention_kernel(
         DIM,
         RETURN_LSE,
     )
-
-
-@triton.jit
-def _listed_keys(ids, count, step, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """The step-th KEYS places of the listed blocks laid end to end: first + offsets [KEYS]."""
-    lanes = tl.arange(0, KEYS)
-    if KEYS <= BLOCK:
-        place = step * KEYS
-        first = tl.load(ids + place // BLOCK).to(tl.int32) * BLOCK + place % BLOCK
-        offsets = lanes
-    else:
-        slots = step * (KEYS // BLOCK) + lanes // BLOCK
-        listed = tl.load(ids + slots, mask=slots < count, other=0).to(tl.int32)
-        first = 0
-        offsets = tl.where(slots < count, listed * BLOCK + lanes % BLOCK, FAR)
-    return first, offsets

@@ -21,6 +21,11 @@ from torch import Tensor
 PAGE = 128
 """Tokens of a page: a multiple of every sparse block size, and what `--block-size` must be."""
 
+LEAST_KEYS = 512
+"""Of a part of a sequence's keys where these are split: with fewer, merging takes longer than it
+saves.
+"""
+
 QUERY_START, NUM_ROWS, FIRST_ROW, KEY_START, KEY_LEN, PAGE_ROW, TILE_START = range(7)
 """The columns of a layout, one number a sequence:
 
@@ -72,6 +77,8 @@ class BatchLayout:
 
     tile: query rows of a tile; where block tables are read or written, the sparse block size
     host int32 [NUM_COLUMNS, num_seqs];  columns: the same on the device
+    The kernels that read pages take their grids from `host` and all else from `columns`: in a CUDA
+    graph `host` holds bounds, and `columns` is where the numbers of each replay are written.
     """
 
     tile: int
@@ -96,6 +103,10 @@ class BatchLayout:
     @cached_property
     def num_tiles(self) -> int:
         return int(_tiles(self.host, self.tile).sum())
+
+    @cached_property
+    def max_num_rows(self) -> int:
+        return int(self.host[NUM_ROWS].max(initial=0))
 
     @cached_property
     def max_key_len(self) -> int:

@@ -45,18 +45,32 @@ def dense_attention(
     rows worked on at once: it changes the speed, and the result only by rounding.
     """
     out, lse = empty_attention(q, out, return_lse)
-    group = q.shape[1] // v.shape[1]
     for _, sequence in layout.sequences():
-        values = _heads_first(v[sequence.keys])
-        for _, rows, heads, logits in _logits(q, k, sequence, layout.tile, scale):
-            # The heads of a group read the same values: as one matrix.
-            weights = logits.softmax(-1).view(-1, group * logits.shape[1], sequence.key_len)
-            part = weights @ values[heads.start // group : heads.stop // group]
-            part = part.view(-1, logits.shape[1], v.shape[2])
-            out[rows, heads] = part.transpose(0, 1).to(out.dtype)
-            if lse is not None:
-                lse[heads, rows] = logits.logsumexp(-1)
+        _attend_densely(q, k, v, sequence, layout.tile, scale, out, lse)
     return out if lse is None else (out, lse)
+
+
+def _attend_densely(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: Placement,
+    tile: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Attention of one sequence's rows to its keys."""
+    group = q.shape[1] // v.shape[1]
+    values = _heads_first(v[sequence.keys])
+    for _, rows, heads, logits in _logits(q, k, sequence, tile, scale):
+        # The heads of a group read the same values: as one matrix.
+        weights = logits.softmax(-1).view(-1, group * logits.shape[1], sequence.key_len)
+        part = weights @ values[heads.start // group : heads.stop // group]
+        part = part.view(-1, logits.shape[1], v.shape[2])
+        out[rows, heads] = part.transpose(0, 1).to(out.dtype)
+        if lse is not None:
+            lse[heads, rows] = logits.logsumexp(-1)
 
 
 def empty_attention(
@@ -182,23 +196,38 @@ def block_sparse_attention(
     """
     out, lse = empty_attention(q, out, return_lse)
     for _, sequence in layout.sequences():
-        k_blocks, v_blocks = (_in_blocks(x[sequence.keys], layout.tile) for x in (k, v))
-        tiles = zip(sequence.tiles(layout.tile), *tables.rows(sequence), strict=True)
-        for (_, queries), page, row in tiles:
-            count = tables.num_kept[page, row]
-            ids = tables.kept[page, row, :, : max(1, int(count.max()))].long()
-            seen = torch.arange(ids.shape[1], device=ids.device) < count[:, None]
-            ids = ids.where(seen, 0)
-            seen = (seen[:, :, None] & _inside(ids, sequence.key_len, layout.tile)).flatten(1)
-            logits = (_heads_first(q[queries]) * scale) @ _gather(k_blocks, ids).mT
-            logits.masked_fill_(~seen[:, None], float("-inf"))
-            weights = logits.softmax(-1).masked_fill_((count == 0)[:, None, None], 0)
-            # Block 0 stands for what is not listed: its values may be infinite, and 0 * inf is NaN.
-            values = _gather(v_blocks, ids).masked_fill_(~seen[:, :, None], 0)
-            out[queries] = (weights @ values).transpose(0, 1).to(out.dtype)
-            if lse is not None:
-                lse[:, queries] = logits.logsumexp(-1)
+        _attend_to_lists(q, k, v, sequence, layout.tile, tables, scale, out, lse)
     return out if lse is None else (out, lse)
+
+
+def _attend_to_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: Placement,
+    block_size: int,
+    tables: BlockTables,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Attention of one sequence's query blocks to the key blocks of their lists."""
+    k_blocks, v_blocks = (_in_blocks(x[sequence.keys], block_size) for x in (k, v))
+    tiles = zip(sequence.tiles(block_size), *tables.rows(sequence), strict=True)
+    for (_, queries), page, row in tiles:
+        count = tables.num_kept[page, row]
+        ids = tables.kept[page, row, :, : max(1, int(count.max()))].long()
+        seen = torch.arange(ids.shape[1], device=ids.device) < count[:, None]
+        ids = ids.where(seen, 0)
+        seen = (seen[:, :, None] & _inside(ids, sequence.key_len, block_size)).flatten(1)
+        logits = (_heads_first(q[queries]) * scale) @ _gather(k_blocks, ids).mT
+        logits.masked_fill_(~seen[:, None], float("-inf"))
+        weights = logits.softmax(-1).masked_fill_((count == 0)[:, None, None], 0)
+        # Block 0 stands for what is not listed: its values may be infinite, and 0 * inf is NaN.
+        values = _gather(v_blocks, ids).masked_fill_(~seen[:, :, None], 0)
+        out[queries] = (weights @ values).transpose(0, 1).to(out.dtype)
+        if lse is not None:
+            lse[:, queries] = logits.logsumexp(-1)
 
 
 def _inside(ids: Tensor, length: int, block_size: int) -> Tensor:
@@ -381,6 +410,92 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
     return a, b, c, d
 
 
+def write_pages(
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Writes keys and values of rows to their places in pages, with 0 for a value that is NaN.
+
+    What stays in a page behind its last sequence's end, an attention may weigh with 0, and 0 * NaN
+    is NaN. The NaN of a sequence's own is in its keys as well, and stays.
+
+    k, v [tokens, num_kv_heads, head_dim]: only read
+    keys, values [num_pages, PAGE, num_kv_heads, head_dim]: of the same strides, otherwise arbitrary
+    pages int [n]: of each row; a row whose page is negative is not written
+    offsets int [n]: their places in the pages; no two rows have the same
+    rows int [n]: of k and v; None: the first n
+    """
+    kept = (pages >= 0).nonzero().flatten()
+    places = pages[kept].long(), offsets[kept].long()
+    rows = kept if rows is None else rows[kept]
+    keys[places], values[places] = k[rows], v[rows].masked_fill(v[rows].isnan(), 0)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: BatchLayout,
+    pages: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention where every query row of a sequence sees all of its keys, which are in pages.
+
+    The rows of a sequence may belong to any of its tokens: FIRST_ROW is 0 and means nothing, nor
+    does KEY_START.
+
+    q [rows, num_heads, head_dim]
+    keys, values [num_pages, PAGE, num_kv_heads, head_dim]: of the same strides, otherwise
+        arbitrary, but a head's numbers lie side by side; what is behind a sequence's end may be NaN
+    pages int32 [page rows, most pages]
+    Returns as dense_attention does.
+    """
+    out, lse = empty_attention(q, out, return_lse)
+    for _, sequence in layout.sequences():
+        own = sequence._replace(key_start=0)
+        k, v = (_own_pages(half, sequence, pages) for half in (keys, values))
+        _attend_densely(q, k, v, own, layout.tile, scale, out, lse)
+    return out if lse is None else (out, lse)
+
+
+def paged_block_sparse_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: BatchLayout,
+    tables: BlockTables,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention where each head of a query block sees only the key blocks kept for it, in pages.
+
+    KEY_START means nothing.  keys, values: as in paged_attention; their pages are those of tables
+    Returns as block_sparse_attention does.
+    """
+    out, lse = empty_attention(q, out, return_lse)
+    for _, sequence in layout.sequences():
+        own = sequence._replace(key_start=0)
+        k, v = (_own_pages(half, sequence, tables.pages) for half in (keys, values))
+        _attend_to_lists(q, k, v, own, layout.tile, tables, scale, out, lse)
+    return out if lse is None else (out, lse)
+
+
+def _own_pages(half: Tensor, sequence: Placement, pages: Tensor) -> Tensor:
+    """A sequence's pages of keys or of values, laid end to end; [tokens, num_kv_heads, head_dim]"""
+    own = pages[sequence.page_row, : -(-sequence.key_len // half.shape[1])].long()
+    return half[own].flatten(0, 1)
+
+
 def token_mass(
     q: Tensor,
     keys: Tensor,
@@ -409,8 +524,7 @@ def token_mass(
     mass float32 [num_slots, longest]: places past a sequence's end are not written
     """
     for place, sequence in layout.sequences():
-        own_pages = pages[sequence.page_row, : -(-sequence.key_len // keys.shape[1])].long()
-        own_keys = keys[own_pages].flatten(0, 1)
+        own_keys = _own_pages(keys, sequence, pages)
         total = mass.new_zeros(sequence.key_len)
         own = sequence._replace(key_start=0)
         for _, rows, heads, logits in _logits(q, own_keys, own, layout.tile, scale):

@@ -24,6 +24,7 @@ FIRST_GEN = tl.constexpr(layout.FIRST_GEN)
 KEEP_ALL = tl.constexpr(layout.KEEP_ALL)
 KEEP_GEN = tl.constexpr(layout.KEEP_GEN)
 PAGE = tl.constexpr(layout.PAGE)
+LEAST_KEYS = tl.constexpr(layout.LEAST_KEYS)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -104,6 +105,44 @@ def find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, block_
     page_row = column(columns, num_seqs, PAGE_ROW, sequence).to(tl.int64)
     page = tl.load(pages_ptr + page_row * stride_pages + block * block_size // PAGE)
     return page.to(tl.int64), block % (PAGE // block_size)
+
+
+@triton.jit
+def listed_keys(ids, count, step, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """The step-th KEYS places of the listed blocks laid end to end: first + offsets [KEYS]."""
+    lanes = tl.arange(0, KEYS)
+    if KEYS <= BLOCK:
+        place = step * KEYS
+        first = tl.load(ids + place // BLOCK).to(tl.int32) * BLOCK + place % BLOCK
+        offsets = lanes
+    else:
+        slots = step * (KEYS // BLOCK) + lanes // BLOCK
+        listed = tl.load(ids + slots, mask=slots < count, other=0).to(tl.int32)
+        first = 0
+        offsets = tl.where(slots < count, listed * BLOCK + lanes % BLOCK, FAR)
+    return first, offsets
+
+
+@triton.jit
+def in_page(table, first, offsets, end, SCATTERED: tl.constexpr):
+    """Where the places first + offsets of a sequence are, as its row of the page table says.
+
+    Returns their page, and first, offsets and end within it.  SCATTERED: they may be in several
+    pages, [len(offsets), 1]; else `first` and all others are in one. The page is int64, as pages
+    times numbers a page outgrow int32.
+    """
+    if SCATTERED:
+        inside = first + offsets < end
+        page = tl.load(table + (first + offsets) // PAGE, mask=inside, other=0)[:, None]
+        offsets = tl.where(inside, (first + offsets) % PAGE, FAR)
+        first = 0
+        end = PAGE
+    else:
+        page = tl.load(table + first // PAGE)
+        start = first // PAGE * PAGE
+        first -= start
+        end -= start
+    return page.to(tl.int64), first, offsets, end
 
 
 @triton.jit

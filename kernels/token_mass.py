@@ -3,10 +3,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Triton: how much softmax mass a few query rows put on each token, its keys in pages.
 
-A short sequence has few tiles of keys, so a program takes one head of them, and a second kernel
-adds the heads up, always in the same order: a sequence's result depends on itself alone.
+One kernel computes the mass of a tile of rows of a key head, and a second one adds tiles and heads
+up, always in the same order: a sequence's result depends on itself alone. As in the attention of
+few rows, grids follow the layout's `host`, which in a CUDA graph holds bounds.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed_vllm.kernels.layout import BatchLayout, num_blocks
+from sparsed_vllm.kernels.splits import grouped_rows, load_grouped
 from sparsed_vllm.kernels.tiles import (
     KEY_LEN,
     LOG2_E,
@@ -24,8 +27,41 @@ from sparsed_vllm.kernels.tiles import (
     QUERY_START,
     column,
     head_options,
+    in_page,
     load_rows,
 )
+
+_PROGRAMS = 1056  # of a launch: enough to occupy a GPU; with more pages each takes more
+ADDED = tl.constexpr(16)  # parts that are added at once
+
+
+@dataclass(frozen=True)
+class MassTiles:
+    """rows: of a program: rows of the sequence, each with the query heads of a key head
+
+    keys: of a step, at most a page
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, tile: int, group: int, q: Tensor) -> "MassTiles":
+        if q.dtype == torch.float32:  # no tensor cores, and operands held in registers
+            return cls(16, 32, num_warps=4, num_stages=1)
+        rows = min(triton.next_power_of_2(tile * group), 128 if q.shape[2] <= 128 else 64)
+        return cls(rows, 64, num_warps=4, num_stages=3)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "ROWS": self.rows,
+            "KEYS": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 def token_mass(
@@ -39,16 +75,22 @@ def token_mass(
     mass: Tensor,
     *,
     scale: float,
+    tiles: MassTiles | None = None,
 ) -> None:
-    """See reference.token_mass. Takes 4 bytes for each token and key head meanwhile."""
-    num_kv_heads, most_pages = keys.shape[2], num_blocks(layout.max_key_len, PAGE.value)
-    if not most_pages or not layout.num_query_rows:
+    """See reference.token_mass. tiles: None: the ones that suit the sizes
+
+    Takes 4 bytes for each token, key head, and tile of rows meanwhile.
+    """
+    heads, most_pages = keys.shape[2], num_blocks(layout.max_key_len, PAGE.value)
+    if not most_pages or not layout.max_num_rows:
         return
+    group = q.shape[1] // heads
+    tiles = tiles or MassTiles.of(layout.tile, group, q)
+    num_tiles = triton.cdiv(layout.max_num_rows * group, tiles.rows)
     num_tokens = int(-(-layout.host[KEY_LEN.value] // PAGE.value).sum()) * PAGE.value
-    parts = q.new_empty(num_kv_heads, num_tokens, dtype=torch.float32)
-    options = _options(q)
-    tiles = most_pages * (PAGE.value // options["KEYS"])
-    _head_mass_kernel[(tiles, num_kv_heads, layout.num_seqs)](
+    parts = q.new_empty(num_tiles * heads, num_tokens, dtype=torch.float32)
+    programs = min(_PROGRAMS // layout.num_seqs, num_tiles * heads * most_pages)
+    _mass_parts_kernel[(max(programs, num_tiles * heads), layout.num_seqs)](
         q,
         keys,
         lse,
@@ -67,36 +109,24 @@ def token_mass(
         lse.stride(1),
         pages.stride(0),
         num_tokens,
-        GROUP=q.shape[1] // num_kv_heads,
+        HEADS=heads,
+        GROUP=group,
         **head_options(q),
-        **options,
+        **tiles.options,
     )
-    _add_heads_kernel[(most_pages, layout.num_seqs)](
+    _add_parts_kernel[(most_pages, layout.num_seqs)](
         parts,
         slots,
         mass,
         layout.columns,
         layout.num_seqs,
-        num_kv_heads,
         num_tokens,
         mass.stride(0),
+        HEADS=heads,
+        GROUP=group,
+        ROWS=tiles.rows,
         num_warps=4,
     )
-
-
-def _options(q: Tensor) -> dict[str, Any]:
-    """ROWS: query rows of a step;  KEYS: keys of a program, a part of a page"""
-    if q.dtype == torch.float32:  # no tensor cores, and operands held in registers
-        return {"ROWS": 16, "KEYS": 32, "num_warps": 4, "num_stages": 1}
-    keys = 128 if q.shape[2] <= 128 else 64
-    return {"ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 2}
-
-
-@triton.jit
-def _is_nothing(columns, num_seqs, sequence, first):
-    """Whether a sequence has no keys from place `first` on, or no rows that attend to them."""
-    num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
-    return (num_rows == 0) | (first >= column(columns, num_seqs, KEY_LEN, sequence))
 
 
 @triton.jit
@@ -121,7 +151,7 @@ def _parts_before(columns, num_seqs, sequence):
     ],
     do_not_specialize_on_alignment=["lse_ptr", "pages_ptr", "weights_ptr", "columns"],
 )
-def _head_mass_kernel(
+def _mass_parts_kernel(
     q_ptr,
     keys_ptr,
     lse_ptr,
@@ -140,74 +170,91 @@ def _head_mass_kernel(
     stride_lse_row,
     stride_pages,
     num_tokens,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (KEYS tokens, key head, sequence): writes the mass of the rows of the head's group.
+    """Program (share of the pages, key head and tile of rows; sequence).
 
     Keys lie along the rows of the product: a key's sum then stays in the registers of few threads.
+    Each key's sum is its own, so that nothing depends on how pages are shared out.
     """
-    first = tl.program_id(0) * KEYS
-    kv_head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2)
-    if _is_nothing(columns, num_seqs, sequence, first):
-        return
-    query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
+    sequence = tl.program_id(1)
     num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
+    key_len = column(columns, num_seqs, KEY_LEN, sequence)
+    if (num_rows == 0) | (key_len == 0):
+        return
+    num_tiles = tl.cdiv(num_rows * GROUP, ROWS)
+    num_pages = tl.cdiv(key_len, PAGE)
+    shares = tl.minimum(tl.num_programs(0) // (num_tiles * HEADS), num_pages)
+    share = tl.program_id(0) // (num_tiles * HEADS)
+    if share >= shares:
+        return
+    head = tl.program_id(0) // num_tiles % HEADS
+    tile = tl.program_id(0) % num_tiles
+    first = num_pages * share // shares * PAGE
+    end = tl.minimum(num_pages * (share + 1) // shares * PAGE, key_len)
+    query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
     page_row = column(columns, num_seqs, PAGE_ROW, sequence).to(tl.int64)
-    page = tl.load(pages_ptr + page_row * stride_pages + first // PAGE).to(tl.int64)
-    lanes = tl.arange(0, KEYS)
+    table = pages_ptr + page_row * stride_pages
+    k_base = keys_ptr + head * stride_key_head
+    parts = parts_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens
+    parts += _parts_before(columns, num_seqs, sequence)
 
-    # A page's keys past the sequence's end may be anything: no other key's sum reads them.
-    k_base = keys_ptr + page * stride_page + kv_head * stride_key_head
-    k = load_rows(k_base, first % PAGE, lanes, PAGE, stride_key, HEAD_DIM, DIM, False)
-    total = tl.zeros([KEYS], tl.float32)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
-        lse_base = lse_ptr + query_start * stride_lse_row + head * stride_lse_head
-        for first_row in tl.range(0, num_rows, ROWS):
-            rows = first_row + tl.arange(0, ROWS)
-            inside = rows < num_rows
-            q = load_rows(q_base, 0, rows, num_rows, stride_q_row, HEAD_DIM, DIM, True)
-            lse = tl.load(lse_base + rows.to(tl.int64) * stride_lse_row, mask=inside, other=0.0)
-            weights = tl.load(weights_ptr + query_start + rows, mask=inside, other=0.0)
-            logits = tl.dot(k, tl.trans(q), input_precision="ieee")
-            mass = weights[None, :] * tl.exp2(logits * scale_log2 - (lse * LOG2_E)[None, :])
-            # A row that does not count may be NaN, and 0 * NaN is NaN.
-            total += tl.sum(tl.where((weights != 0)[None, :], mass, 0.0), 1)
-    parts = parts_ptr + kv_head * num_tokens + _parts_before(columns, num_seqs, sequence)
-    tl.store(parts + first + lanes, total)
+    rows, heads = grouped_rows(tile * ROWS, head, ROWS, GROUP)
+    weights = tl.load(weights_ptr + query_start + rows, mask=rows < num_rows, other=0.0)
+    # A row that does not count may be NaN, and 0 * NaN is NaN.
+    counts = weights != 0
+    q_base = q_ptr + query_start * stride_q_row
+    q = load_grouped(q_base, rows, heads, counts, stride_q_row, stride_q_head, HEAD_DIM, DIM)
+    lse = lse_ptr + (query_start + rows) * stride_lse_row + heads.to(tl.int64) * stride_lse_head
+    lse = tl.load(lse, mask=counts, other=0.0) * LOG2_E
+    lanes = tl.arange(0, KEYS)
+    for place in tl.range(first, end, KEYS):
+        page, start, _, past = in_page(table, place, lanes, end, False)
+        # A page's keys past the sequence's end may be anything: no other key's sum reads them.
+        base = k_base + page * stride_page
+        k = load_rows(base, start, lanes, past, stride_key, HEAD_DIM, DIM, False)
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee")
+        mass = weights[None, :] * tl.exp2(logits * scale_log2 - lse[None, :])
+        total = tl.sum(tl.where(counts[None, :], mass, 0.0), 1)
+        tl.store(parts + place + lanes, total)
 
 
 @triton.jit(
     do_not_specialize=["num_seqs", "stride_mass"],
     do_not_specialize_on_alignment=["slots_ptr", "columns", "mass_ptr"],
 )
-def _add_heads_kernel(
+def _add_parts_kernel(
     parts_ptr,
     slots_ptr,
     mass_ptr,
     columns,
     num_seqs,
-    num_kv_heads,
     num_tokens,
     stride_mass,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Program (page, sequence): adds the parts of all key heads to the sequence's mass."""
-    first = tl.program_id(0) * PAGE
+    """Program (page, sequence): adds the parts of all tiles and heads to the sequence's mass."""
     sequence = tl.program_id(1)
-    if _is_nothing(columns, num_seqs, sequence, first):
+    num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
+    key_len = column(columns, num_seqs, KEY_LEN, sequence)
+    places = tl.program_id(0) * PAGE + tl.arange(0, PAGE)
+    if (num_rows == 0) | (tl.program_id(0) * PAGE >= key_len):
         return
-    places = first + tl.arange(0, PAGE)
+    num_parts = tl.cdiv(num_rows * GROUP, ROWS) * HEADS
     parts = parts_ptr + _parts_before(columns, num_seqs, sequence) + places
+    inside = places < key_len
     total = tl.zeros([PAGE], tl.float32)
-    for _ in range(num_kv_heads):
-        total += tl.load(parts)
-        parts += num_tokens
-    slot = tl.load(slots_ptr + sequence)
-    own = mass_ptr + slot * stride_mass + places
-    inside = places < column(columns, num_seqs, KEY_LEN, sequence)
+    for first in range(0, num_parts, ADDED):
+        numbers = first + tl.arange(0, ADDED)
+        mask = (numbers < num_parts)[:, None] & inside[None, :]
+        pointers = parts[None, :] + numbers.to(tl.int64)[:, None] * num_tokens
+        total += tl.sum(tl.load(pointers, mask=mask, other=0.0), 0)
+    own = mass_ptr + tl.load(slots_ptr + sequence) * stride_mass + places
     tl.store(own, tl.load(own, mask=inside) + total, mask=inside)

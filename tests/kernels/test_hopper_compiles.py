@@ -27,8 +27,12 @@ COMPILED = {
     "_least_keys_kernel": 1,
     "_note_tiles_kernel": 2,
     "_add_up_kernel": 2,
-    "_head_mass_kernel": 3,
-    "_add_heads_kernel": 3,
+    "_paged_attention_kernel": 3,
+    "_paged_block_sparse_attention_kernel": 3,
+    "_merge_kernel": 2 * 3,
+    "_write_pages_kernel": 2 * 3,
+    "_mass_parts_kernel": 3,
+    "_add_parts_kernel": 3,
 }
 
 

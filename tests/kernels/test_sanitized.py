@@ -13,6 +13,7 @@ from kernel_cases import (
     tables_on,
 )
 from paged_cases import make_case
+from pools import Pool, attending
 
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.block_sparse_attention import block_sparse_attention
@@ -76,6 +77,28 @@ def test_tokens_are_chosen(choice):
 def test_uniform_numbers_are_drawn():
     numbers = api.draw_uniform(Noise(*torch.arange(390, device="cuda").split(130)))
     assert (numbers > 0).all() and (numbers < 1).all()
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), [(128, 128), (64, 64), (32, 16)])
+@pytest.mark.parametrize("heads", [(4, 4), (7, 1)])
+def test_a_light_step(heads, head_dim, tile):
+    """Keys and values to pages, then a few rows over all pages and over lists; one is split."""
+    sizes = {"heads": heads, "head_dim": head_dim, "dtype": torch.bfloat16}
+    batch = make_batch([(1300, 0), (129, 0), (1, 0)], tile, **sizes)
+    batch = batch.windows([(1152, 1300), (0, 40), (0, 1)])
+    pool, mask = Pool.of(batch), random_mask(batch, 0.5)
+    written = pool.to("cuda")
+    k, v = (torch.randn(50, *batch.k.shape[1:], device="cuda").to(batch.k.dtype) for _ in range(2))
+    places = torch.arange(50, device="cuda")
+    api.write_pages(k, v, *written.halves, places % 3 - 1, places)
+    torch.cuda.synchronize()
+    for attend, where in (
+        (api.paged_attention, ()),
+        (api.paged_block_sparse_attention, (pool.tables(batch, mask),)),
+    ):
+        out, _ = run_attention(batch, attending(attend, pool), *where)
+        torch.cuda.synchronize()
+        assert not out.isnan().any()
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (32, torch.float32)])

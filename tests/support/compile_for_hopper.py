@@ -5,6 +5,7 @@
 import torch
 from kernel_cases import make_batch, scattered_tables
 from paged_cases import make_case
+from pools import Pool
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -17,10 +18,15 @@ from sparsed_vllm.kernels import (
     hopper,
     hopper_scores,
     noise,
+    paged_attention,
+    paged_block_sparse_attention,
     select_blocks,
     token_mass,
+    write_pages,
 )
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+
+SHARED_MEMORY = 227 << 10  # of an H100's program
 
 
 class AbsentGpu:
@@ -64,9 +70,24 @@ def call_choice():
     choose_tokens.choose_tokens(logits.bfloat16(), choice, early, drawn)
 
 
-def call_mass():
-    for head_dim, dtype in ((128, torch.bfloat16), (96, torch.float16), (32, torch.float32)):
-        case = make_case([(300, 40)], heads=(4, 2), head_dim=head_dim, dtype=dtype)
+def call_light():
+    """The kernels of light steps: LLaDA's heads, Dream's, and what has no tensor cores."""
+    for heads, head_dim, dtype, tile in (
+        ((2, 2), 128, torch.bfloat16, 128),
+        ((7, 1), 64, torch.float16, 64),
+        ((2, 1), 32, torch.float32, 16),
+    ):
+        batch = make_batch([(1100, 0)], tile, heads=heads, head_dim=head_dim, dtype=dtype)
+        pool, of = Pool.of(batch), (batch.layout, tables_for(batch))
+        options = {"scale": 1.0, "return_lse": True}
+        paged_attention.paged_attention(batch.q, *pool.halves, batch.layout, pool.pages, **options)
+        paged_block_sparse_attention.paged_block_sparse_attention(
+            batch.q, *pool.halves, *of, **options
+        )
+        numbers = torch.arange(20)
+        for rows in (None, numbers):
+            write_pages.write_pages(batch.k, batch.v, *pool.halves, numbers, numbers, rows)
+        case = make_case([(300, 40)], heads=heads, head_dim=head_dim, dtype=dtype, tile=tile)
         token_mass.token_mass(**case.on("cpu"))
 
 
@@ -100,9 +121,10 @@ def main():
     call_gluon()
     call_triton()
     call_choice()
-    call_mass()
+    call_light()
     for kernel in kernels:
         assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.name
         print(kernel.asm["ptx"])
 
 

@@ -40,12 +40,13 @@ from sparsed_vllm.kernels.layout import (
     num_blocks,
 )
 from sparsed_vllm.metadata import Launch, SparsedMetadata, plan_launches
-from sparsed_vllm.pages import PageLayout, gather_pages
+from sparsed_vllm.pages import PageLayout
 from sparsed_vllm.steps import Source
 
 logger = init_logger("vllm.sparsed.attention")
 
 _SCORES_BYTES = 1 << 29  # of block scores at once; heads that do not fit wait for the others
+_PARTS_BYTES = 1 << 28  # of light steps: 17 MB for each sequence of more than some 1k tokens
 
 
 def load_backend(name: str = BACKEND_NAME) -> AttentionBackendEnum:
@@ -118,7 +119,6 @@ class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
         super().__init__(kv_cache_spec, layer_names, *args)
         dtype = self.vllm_config.model_config.dtype
         self.with_flash = flash_attention(self.device.type, dtype) is not None
-        self.gathered_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     def build(
         self,
@@ -140,7 +140,6 @@ class SparsedMetadataBuilder(AttentionMetadataBuilder[SparsedMetadata]):
             batch,
             windows,
             with_flash=self.with_flash,
-            gathered_tokens=self.gathered_tokens,
         )
 
 
@@ -241,11 +240,7 @@ class SparsedImpl(AttentionImpl):
         Keys and values are kept before anything attends.
         """
         if step.metadata.writes is not None:
-            # What stays in a page behind its last sequence's end is weighed with 0: never NaN.
-            api.drop_nans(step.v)
-            pages = self.pages
-            keys, values = pages.keys(step.cache), pages.values(step.cache)
-            step.metadata.writes.write(step.k, step.v, keys, values)
+            step.metadata.writes.write(step.k, step.v, *self.pages.halves(step.cache))
         records = any(launch.selection is not None for launch in step.metadata.tables)
         fresh, noted = None, []
         for launch in step.metadata.dense:
@@ -265,20 +260,14 @@ class SparsedImpl(AttentionImpl):
         if launch.packed is not None:
             flash = flash_attention(step.q.device.type, step.q.dtype)
             assert flash is not None
-            k, v = step.k, step.v
-            if launch.packed.keys is None:
-                k, v = self.pages.keys(step.cache), self.pages.values(step.cache)
-            return flash(step.q, k, v, launch.packed, **options)
-        result = api.dense_attention(step.q, *self._keys_of(step, launch), launch.layout, **options)
+            own = self.pages.halves(step.cache) if launch.packed.keys is None else (step.k, step.v)
+            return flash(step.q, *own, launch.packed, **options)
+        if launch.kind.source is Source.FRESH:
+            result = api.dense_attention(step.q, step.k, step.v, launch.layout, **options)
+        else:
+            where = (*self.pages.halves(step.cache), launch.layout, step.metadata.pages)
+            result = api.paged_attention(step.q, *where, **options)
         return result[1] if return_lse else None
-
-    def _keys_of(self, step: LayerStep, launch: Launch) -> tuple[Tensor, Tensor]:
-        """Keys and values as a launch's layout finds them."""
-        if launch.page_ids is None:
-            return step.k, step.v
-        halves = self.pages.keys(step.cache), self.pages.values(step.cache)
-        k, v = (gather_pages(half, launch.page_ids) for half in halves)
-        return k, v
 
     def _use_tables(self, step: LayerStep, launch: Launch, lse: Tensor | None) -> Tensor | None:
         """Record the sequences' tables, or attend to what they list.
@@ -290,14 +279,18 @@ class SparsedImpl(AttentionImpl):
             assert lse is not None
             self._record(step, launch.layout, launch.selection, lse, tables)
             return None
-        k, v = self._keys_of(step, launch)
         return_lse = self._notes(launch)
         options: dict[str, Any] = {
             "scale": self.scale,
             "out": step.out,
             "return_lse": return_lse,
         }
-        result = api.block_sparse_attention(step.q, k, v, launch.layout, tables, **options)
+        if launch.kind.source is Source.FRESH:
+            where = (step.k, step.v, launch.layout, tables)
+            result = api.block_sparse_attention(step.q, *where, **options)
+        else:
+            where = (*self.pages.halves(step.cache), launch.layout, tables)
+            result = api.paged_block_sparse_attention(step.q, *where, **options)
         return result[1] if return_lse else None
 
     def _record(
@@ -355,14 +348,14 @@ class SparsedImpl(AttentionImpl):
     def _hold_scores(self, q: Tensor) -> None:
         """Take, for a moment, what the block scores of the largest recording step need.
 
-        Where requests may reuse keys and values, also what they are gathered to.
+        Where requests may reuse keys and values, also what splits of long sequences find.
         """
         smallest = min(api.BLOCK_SIZES)
         sizes = [num_blocks(n, smallest) for n in (self.max_num_tokens, self.max_model_len)]
         heads = self._kv_heads_at_once(*sizes)
         nbytes = self._scores_bytes(*sizes) * heads // self.num_kv_heads
         if self.pages.holds_kv:
-            nbytes = max(nbytes, self.max_num_tokens * self.pages.kv_bytes_per_token)
+            nbytes = max(nbytes, _PARTS_BYTES)
         torch.empty(nbytes, dtype=torch.uint8, device=q.device)
 
     def tables_of(self, cache: Tensor, pages: Tensor, block_size: int) -> BlockTables:

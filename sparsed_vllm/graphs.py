@@ -26,7 +26,14 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from sparsed_vllm.batch import DenoisingBatch
 from sparsed_vllm.flash import PackedSequences
 from sparsed_vllm.kernels.layout import KEY_LEN, NUM_COLUMNS, BatchLayout, host_layout, send
-from sparsed_vllm.metadata import DENSE_LIGHT, DENSE_ROWS, Launch, MassRows, SparsedMetadata
+from sparsed_vllm.metadata import (
+    DENSE_ROWS,
+    FEW_ROWS,
+    Launch,
+    MassRows,
+    SparsedMetadata,
+    light_kind,
+)
 from sparsed_vllm.pages import PageWrites
 from sparsed_vllm.steps import Phase, Source, Step
 
@@ -42,6 +49,11 @@ class GraphSize(NamedTuple):
 
     num_rows: int
     num_seqs: int
+
+    @property
+    def rows_a_sequence(self) -> int:
+        """The most rows of one of its sequences; of several all attend by our kernel."""
+        return self.num_rows if self.num_seqs == 1 else min(self.num_rows, FEW_ROWS)
 
 
 class LightInputs:
@@ -74,27 +86,28 @@ class LightInputs:
         """
         rows, seqs = self.size
         pages = pages[:seqs]
-        arguments = {"seqused_k": self.layout.columns[KEY_LEN], "block_table": pages}
-        packed = PackedSequences(
-            slice(0, rows), None, self.cu_queries, rows, self.longest, arguments
-        )
+        kind, packed = light_kind(self.size.rows_a_sequence, with_flash=True), None
+        if kind.is_packed:
+            arguments = {"seqused_k": self.layout.columns[KEY_LEN], "block_table": pages}
+            packed = PackedSequences(
+                slice(0, rows), None, self.cu_queries, rows, self.longest, arguments
+            )
         noted = MassRows(self.read_rows, self.mass_layout, self.weights, self.slots)
-        launch = Launch(DENSE_LIGHT, self.layout, packed, mass=noted)
+        launch = Launch(kind, self.layout, packed, mass=noted)
         writes = PageWrites(slice(rows), self.pages, self.offsets)
         return SparsedMetadata((launch,), (), pages, writes, mass)
 
     def _layout(self, columns: Tensor) -> BatchLayout:
         """A layout whose sequences may be of any size."""
-        rows, seqs = self.size
-        zeros = np.zeros(seqs, np.int32)
+        zeros = np.zeros(self.size.num_seqs, np.int32)
         bounds = host_layout(
             DENSE_ROWS,
             query_starts=zeros,
-            num_rows=zeros + rows,
+            num_rows=zeros + self.size.rows_a_sequence,
             first_rows=zeros,
             key_starts=zeros,
             key_lens=zeros + self.longest,
-            page_rows=np.arange(seqs),
+            page_rows=np.arange(self.size.num_seqs),
         )
         return BatchLayout(DENSE_ROWS, bounds, columns)
 
@@ -186,8 +199,10 @@ class LightGraphs:
     def find(self, batch: DenoisingBatch) -> LightGraph | None:
         """The smallest graph that runs a step; None where none does."""
         num_rows, num_seqs = int(batch.starts[-1]), len(batch.requests)
+        longest = int(np.diff(batch.starts).max())
         for size, graph in self._graphs.items():
-            if size.num_rows >= num_rows and size.num_seqs >= num_seqs:
+            fits = size.num_rows >= num_rows and size.num_seqs >= num_seqs
+            if fits and size.rows_a_sequence >= longest:
                 return graph if all(map(is_light, batch.steps)) else None
         return None
 

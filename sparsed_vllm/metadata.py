@@ -15,13 +15,10 @@ from torch import Tensor
 from sparsed_vllm.batch import DenoisingBatch, RowWindows
 from sparsed_vllm.flash import PackedSequences
 from sparsed_vllm.kernels.layout import (
-    PAGE,
     PAGE_ROW,
     BatchLayout,
     Selection,
     host_layout,
-    num_blocks,
-    places_within,
     send,
     send_layouts,
 )
@@ -30,18 +27,21 @@ from sparsed_vllm.refresh import ReadRows
 from sparsed_vllm.steps import Phase, Source
 
 DENSE_ROWS = 64  # query rows that the dense kernels without FlashAttention work on together
+FEW_ROWS = 256  # of a light step, which our kernel attends for even where FlashAttention is
 
 
 class Kind(NamedTuple):
     """What sequences of one launch have in common.
 
-    source: where their keys and values come from;  tables: whether they record or follow tables;
+    source: where their keys and values come from;  phase: whether they record or follow tables
     tile: query rows of a tile, which for tables is the block size
+    is_packed: whether FlashAttention serves them
     """
 
     source: Source
     phase: Phase
     tile: int
+    is_packed: bool = False
 
 
 DENSE_FRESH = Kind(Source.FRESH, Phase.DENSE, DENSE_ROWS)
@@ -88,8 +88,6 @@ class Launch:
 
     packed: the same as FlashAttention takes them, if it does
     selection: of sequences that record tables
-    page_ids int64 [num_pages]: pages that their keys are gathered from, laid end to end; None: they
-        are the step's own, or FlashAttention reads the pages
     mass: those of their rows whose mass is noted
     """
 
@@ -97,7 +95,6 @@ class Launch:
     layout: BatchLayout
     packed: PackedSequences | None = None
     selection: Selection | None = None
-    page_ids: Tensor | None = None
     mass: MassRows | None = None
 
     def only(self, seq: int) -> Launch:
@@ -110,7 +107,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class SparsedMetadata:
-    """The launches of a step: one of each kind, unless more keys are gathered than have room.
+    """The launches of a step: one of each kind.
 
     dense: sequences that attend to all keys, recording ones among them;  tables: that record or
         follow tables
@@ -135,7 +132,6 @@ def plan_launches(
     windows: RowWindows | None = None,
     *,
     with_flash: bool = False,
-    gathered_tokens: int = 1 << 62,
 ) -> SparsedMetadata:
     """The metadata of a step.
 
@@ -143,28 +139,17 @@ def plan_launches(
     batch: None: all sequences attend to everything (vLLM's dummy batches)
     windows: the rows that the last layer computes; None: all
     with_flash: whether FlashAttention serves dense sequences
-    gathered_tokens: as many keys are gathered from pages at once, those of one sequence at least
     """
-    parts = [
-        (kind, part)
-        for kind, members in _members(batch, np.diff(starts)).items()
-        for part in _split(kind, members, batch, with_flash, gathered_tokens)
-    ]
+    kinds = _members(batch, np.diff(starts), with_flash).items()
     views = [_View.whole(starts, batch)]
     if windows is not None:
         views.append(views[0].narrowed(windows))
-    gathers = [_gather(kind, part, batch, pages, with_flash) for kind, part in parts]
-    hosts = [
-        (kind.tile, view.layout(kind, part, key_starts))
-        for view in views
-        for (kind, part), (_, key_starts) in zip(parts, gathers, strict=True)
-    ]
+    hosts = [(kind.tile, view.layout(kind, members)) for view in views for kind, members in kinds]
     layouts = iter(send_layouts(hosts, pages.device))
     made = []
     for view in views:
         launches = [
-            _launch(view, kind, part, next(layouts), page_ids, batch, pages, with_flash)
-            for (kind, part), (page_ids, _) in zip(parts, gathers, strict=True)
+            _launch(view, kind, members, next(layouts), batch, pages) for kind, members in kinds
         ]
         dense = tuple(x for x in launches if x.kind.phase is Phase.DENSE)
         tables = tuple(x for x in launches if x.kind.phase is not Phase.DENSE)
@@ -175,23 +160,34 @@ def plan_launches(
     return made[0] if windows is None else replace(made[0], last_layer=made[1])
 
 
-def _members(batch: DenoisingBatch | None, lengths: NDArray[np.int32]) -> dict[Kind, list[Member]]:
+def _members(
+    batch: DenoisingBatch | None, lengths: NDArray[np.int32], with_flash: bool
+) -> dict[Kind, list[Member]]:
     """The sequences by kind; recording ones are dense as well."""
+    fresh = DENSE_FRESH._replace(is_packed=with_flash)
     if batch is None:
-        return {DENSE_FRESH: [Member(i, 0, n, 0) for i, n in enumerate(lengths.tolist())]}
+        return {fresh: [Member(i, 0, n, 0) for i, n in enumerate(lengths.tolist())]}
     members: dict[Kind, list[Member]] = {}
     for i, (step, request) in enumerate(zip(batch.steps, batch.requests, strict=True)):
         chosen, rest = step.num_chosen, step.num_rows - step.num_chosen
-        dense = DENSE_FRESH if step.source is Source.FRESH else DENSE_LIGHT
-        if step.phase is not Phase.SPARSE:
-            members.setdefault(dense, []).append(Member(i, 0, step.num_rows, 0))
-        elif chosen:  # lists are those of whole blocks, these tokens lie scattered
-            members.setdefault(dense, []).append(Member(i, 0, chosen, 0))
+        # Lists are those of whole blocks: tokens that were chosen lie scattered.
+        num_dense = chosen if step.phase is Phase.SPARSE else step.num_rows
+        dense = fresh if step.source is Source.FRESH else light_kind(num_dense, with_flash)
+        if num_dense:
+            members.setdefault(dense, []).append(Member(i, 0, num_dense, 0))
         if step.phase is not Phase.DENSE:
             assert request.plan.sparsity is not None
             kind = Kind(step.source, step.phase, request.plan.sparsity.block_size)
             members.setdefault(kind, []).append(Member(i, chosen, rest, step.first_row))
     return members
+
+
+def light_kind(num_rows: int, with_flash: bool) -> Kind:
+    """How a sequence attends densely in a light step of so many rows.
+
+    By its own number of rows, so that batch mates do not change its result.
+    """
+    return DENSE_LIGHT._replace(is_packed=with_flash and num_rows > FEW_ROWS)
 
 
 class _View(NamedTuple):
@@ -224,10 +220,7 @@ class _View(NamedTuple):
         begins = np.cumsum(windows.sizes) - windows.sizes
         return self._replace(begins=begins, firsts=windows.firsts, sizes=windows.sizes)
 
-    def layout(
-        self, kind: Kind, members: Sequence[Member], key_starts: NDArray[Any] | None
-    ) -> NDArray[np.int32]:
-        """key_starts: where the sequences' keys begin among those that are gathered"""
+    def layout(self, kind: Kind, members: Sequence[Member]) -> NDArray[np.int32]:
         seqs, skipped, num_rows, first_rows = np.array(members).T
         ends = self.firsts[seqs] + self.sizes[seqs]
         begin = np.maximum(skipped, self.firsts[seqs])
@@ -238,56 +231,10 @@ class _View(NamedTuple):
             query_starts=self.begins[seqs] + begin - self.firsts[seqs],
             num_rows=count,
             first_rows=first_rows + begin - skipped if lists else np.zeros_like(begin),
-            key_starts=self.keys[seqs] if key_starts is None else key_starts,
+            key_starts=self.keys[seqs],
             key_lens=self.lengths[seqs],
             page_rows=seqs,
         )
-
-
-def _is_gathered(kind: Kind, with_flash: bool) -> bool:
-    """Whether a kind's keys are gathered from pages; FlashAttention reads pages itself."""
-    return kind.source is Source.PAGES and not (with_flash and kind.phase is Phase.DENSE)
-
-
-def _split(
-    kind: Kind,
-    members: list[Member],
-    batch: DenoisingBatch | None,
-    with_flash: bool,
-    gathered_tokens: int,
-) -> list[list[Member]]:
-    """The members of a kind by launch."""
-    if batch is None or not _is_gathered(kind, with_flash):
-        return [members]
-    parts: list[list[Member]] = []
-    total = 0
-    for member in members:
-        length = num_blocks(batch.plans[member.seq].length, PAGE) * PAGE
-        total += length
-        if not parts or total > gathered_tokens:
-            parts.append([])
-            total = length
-        parts[-1].append(member)
-    return parts
-
-
-def _gather(
-    kind: Kind,
-    members: Sequence[Member],
-    batch: DenoisingBatch | None,
-    pages: Tensor,
-    with_flash: bool,
-) -> tuple[Tensor | None, NDArray[Any] | None]:
-    """The pages that a launch's keys are gathered from, and where each sequence's begin."""
-    if batch is None or not _is_gathered(kind, with_flash):
-        return None, None
-    seqs = np.array([member.seq for member in members])
-    lengths = np.array([batch.requests[i].plan.length for i in seqs])
-    counts = -(-lengths // PAGE)
-    first = np.cumsum(counts) - counts
-    where = np.stack([np.repeat(seqs, counts), places_within(counts)])
-    rows, columns = send(where, pages.device)
-    return pages[rows, columns].long(), first * PAGE
 
 
 def _launch(
@@ -295,15 +242,13 @@ def _launch(
     kind: Kind,
     members: Sequence[Member],
     layout: BatchLayout,
-    page_ids: Tensor | None,
     batch: DenoisingBatch | None,
     pages: Tensor,
-    with_flash: bool,
 ) -> Launch:
     packed = None
-    if with_flash and kind.phase is Phase.DENSE:
+    if kind.is_packed:
         packed = PackedSequences.of(layout, pages if kind.source is Source.PAGES else None)
-    launch = Launch(kind, layout, packed, page_ids=page_ids)
+    launch = Launch(kind, layout, packed)
     if batch is None:
         return launch
     seqs = [member.seq for member in members]

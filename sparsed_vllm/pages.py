@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.layout import PAGE, BlockTables
 from sparsed_vllm.tables import TablePages
 
@@ -43,6 +44,10 @@ class PageLayout:
         """The same of values."""
         return self._half(cache, 1)
 
+    def halves(self, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys(cache), self.values(cache)
+
     def _half(self, cache: Tensor, half: int) -> Tensor:
         assert self.holds_kv and cache.dtype == self.dtype
         token = self.num_kv_heads * self.head_size
@@ -65,7 +70,8 @@ class PageLayout:
 class PageWrites:
     """Where the keys and values of a step's rows go.
 
-    rows: of the batch, int64 [n], or all of them;  pages, offsets int64 [n]: their places
+    rows: of the batch, int64 [n], or its first n
+    pages, offsets int64 [n]: their places; a row whose page is negative is not kept
     """
 
     rows: slice | Tensor
@@ -74,10 +80,5 @@ class PageWrites:
 
     def write(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
         """k, v [rows of the batch, num_kv_heads, head_size];  keys, values: a layer's pages"""
-        keys[self.pages, self.offsets] = k[self.rows]
-        values[self.pages, self.offsets] = v[self.rows]
-
-
-def gather_pages(pages: Tensor, ids: Tensor) -> Tensor:
-    """Pages [num_pages, PAGE, heads, size] laid end to end: [len(ids) * PAGE, heads, size]"""
-    return pages.index_select(0, ids).flatten(0, 1)
+        rows = self.rows if isinstance(self.rows, Tensor) else None
+        api.write_pages(k, v, keys, values, self.pages, self.offsets, rows)

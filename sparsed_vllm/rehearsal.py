@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Our kernels, compiled and run at the engine's start rather than in a request's steps."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from sparsed_vllm.config import BLOCK_SIZES, SparseConfig, Sparsity
 from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
-from sparsed_vllm.kernels.layout import PAGE, BatchLayout, num_blocks
+from sparsed_vllm.kernels.layout import LEAST_KEYS, PAGE, BatchLayout, num_blocks
 from sparsed_vllm.metadata import DENSE_ROWS, plan_launches
+from sparsed_vllm.pages import PageWrites
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.steps import Phase, Plan
 
@@ -51,27 +54,42 @@ def rehearse(
         impl.attend(LayerStep(q, k, v, cache, metadata, torch.empty_like(q)))
     assert step.phase is Phase.SPARSE
     if impl.pages.holds_kv:
-        _note_mass(impl, q, cache, pages)
+        _step_lightly(impl, q, k, v, cache, config.block_size)
     most = num_blocks(impl.max_model_len, min(BLOCK_SIZES))
     api.compile_selection(most, impl.pages.tables.dtype, device)
 
 
-def _note_mass(impl: SparsedImpl, q: Tensor, cache: Tensor, pages: Tensor) -> None:
-    """The mass that one row puts on a sequence of as many tokens as q has rows."""
-    layout = BatchLayout.of(
-        DENSE_ROWS,
-        q.device,
-        query_starts=[0],
-        num_rows=[1],
-        first_rows=[0],
-        key_starts=[0],
-        key_lens=[len(q)],
-        page_rows=[0],
+def _step_lightly(
+    impl: SparsedImpl, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, block_size: int
+) -> None:
+    """What light steps run, for one row of a sequence that is long enough to be split."""
+    halves = impl.pages.halves(cache)
+    pages = torch.zeros(1, 2 * LEAST_KEYS // PAGE, dtype=torch.int32, device=q.device)
+    zeros = torch.zeros(1, dtype=torch.int64, device=q.device)
+    lse = q.new_zeros(q.shape[1], 1).float()
+    mass = q.new_zeros(1, 2 * LEAST_KEYS).float()
+    PageWrites(slice(1), zeros, zeros).write(k, v, *halves)
+    PageWrites(zeros, zeros, zeros).write(k, v, *halves)
+    layout, listed = (
+        BatchLayout.of(
+            tile,
+            q.device,
+            query_starts=[0],
+            num_rows=[1],
+            first_rows=[0],
+            key_starts=[0],
+            key_lens=[mass.shape[1]],
+            page_rows=[0],
+        )
+        for tile in (DENSE_ROWS, block_size)
     )
-    lse, mass = q.new_zeros(q.shape[1], 1).float(), q.new_zeros(1, len(q)).float()
-    weights, slots = mass[0, :1] + 1, torch.zeros(1, dtype=torch.int64, device=q.device)
-    keys = impl.pages.keys(cache)
-    api.token_mass(q[:1], keys, lse, layout, pages, weights, slots, mass, scale=impl.scale)
+    tables = impl.tables_of(cache, pages, block_size)
+    for return_lse in (False, True):
+        options: dict[str, Any] = {"scale": impl.scale, "return_lse": return_lse}
+        api.paged_attention(q[:1], *halves, layout, pages, **options)
+        api.paged_block_sparse_attention(q[:1], *halves, listed, tables, **options)
+    of = (layout, pages, mass[0, :1] + 1, zeros, mass)
+    api.token_mass(q[:1], halves[0], lse, *of, scale=impl.scale)
 
 
 def rehearse_choices(

@@ -41,7 +41,10 @@ def test_a_rehearsal_attends_records_and_follows(block_size, monkeypatch):
     assert compiled == [(63, torch.int16, CPU)]
 
 
-KERNELS = ["dense_attention", "block_scores", "block_sparse_attention", "token_mass"]
+KERNELS = [
+    *("dense_attention", "block_scores", "block_sparse_attention", "write_pages"),
+    *("paged_attention", "paged_block_sparse_attention", "token_mass"),
+]
 
 
 @pytest.mark.parametrize("name", KERNELS)

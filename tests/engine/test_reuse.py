@@ -461,7 +461,9 @@ def test_a_step_that_reads_nothing_leaves_no_choice_to_chance(reusing_dream, mon
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("kernel", ["block_scores", "select_blocks", "block_sparse_attention"])
+@pytest.mark.parametrize(
+    "kernel", ["block_scores", "select_blocks", "paged_block_sparse_attention"]
+)
 def test_a_kernel_s_failure_for_one_request_changes_no_token_of_others(
     reusing_llada, monkeypatch, kernel
 ):

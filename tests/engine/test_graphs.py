@@ -60,8 +60,8 @@ class Rerun(LightGraph):
 
 
 @pytest.fixture(scope="module")
-def capturing(llada_path):
-    """A LLaDA engine whose light steps are captured."""
+def capturing(llada_path, reusing_llada):
+    """A LLaDA engine whose light steps are captured; the shared one starts before the patches."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (attention, model_state):
             patch.setattr(module, "flash_attention", lambda *_: FlashAttention(attend, None))

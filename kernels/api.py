@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 from sparsed_vllm.kernels import reference
+from sparsed_vllm.kernels.canvas import (
+    NUM_COLUMNS,
+    CanvasState,
+    OpenRows,
+    SequenceEnds,
+    SequenceRows,
+    StepColumns,
+    Taken,
+)
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 from sparsed_vllm.kernels.layout import (
     FIRST_ROW,
@@ -45,15 +54,19 @@ __all__ = [
     "compile_selection",
     "dense_attention",
     "draw_uniform",
+    "fill_canvases",
     "host_layout",
     "id_dtype",
     "most_kept",
     "num_blocks",
+    "open_canvases",
     "paged_attention",
     "paged_block_sparse_attention",
     "select_blocks",
     "send_layouts",
+    "take_canvases",
     "token_mass",
+    "write_ids",
     "write_pages",
 ]
 
@@ -252,6 +265,57 @@ def draw_uniform(noise: Noise) -> Tensor:
     return _for(noise.seeds, "draw_uniform", "noise")(noise)
 
 
+def open_canvases(state: CanvasState, columns: StepColumns) -> OpenRows:
+    """The rows that a step reads: open places of each request's first unfinished block."""
+    _check_canvases(state, columns)
+    return _for(state.tokens, "open_canvases")(state, columns)
+
+
+def fill_canvases(
+    state: CanvasState,
+    columns: StepColumns,
+    rows: OpenRows,
+    tokens: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+    uniform: Tensor | None,
+) -> Tensor:
+    """Fills places of a step, and notes whose logits were no numbers; bool, which it filled."""
+    _check_canvases(state, columns)
+    given = (rows.places, tokens, confidence, largest)
+    types = (torch.int64, torch.int64, torch.float32, torch.float32)
+    for x, dtype in zip(given, types, strict=True):
+        assert x.shape == (columns.num_rows,) and x.dtype == dtype and x.is_contiguous()
+    if uniform is not None:
+        assert uniform.shape == confidence.shape and uniform.dtype == torch.float64
+    fill = _for(state.tokens, "fill_canvases")
+    return fill(state, columns, rows, tokens, confidence, largest, uniform)
+
+
+def take_canvases(state: CanvasState, columns: StepColumns, ends: SequenceEnds | None) -> Taken:
+    """Hands out the tokens that became final and were not handed out yet."""
+    _check_canvases(state, columns)
+    return _for(state.tokens, "take_canvases")(state, columns, ends)
+
+
+def write_ids(
+    state: CanvasState,
+    columns: StepColumns,
+    input_ids: Tensor,
+    mask_token_id: int,
+    light: SequenceRows | None,
+) -> None:
+    """Writes the tokens that the model sees: of each canvas, and of the rows `light`."""
+    _check_canvases(state, columns)
+    assert input_ids.dtype == torch.int32 and input_ids.is_contiguous()
+    if light is not None:
+        assert light.prompts.dtype == light.prompt_lens.dtype == torch.int32
+        assert light.rows.is_contiguous() and light.positions.dtype == torch.int64
+        assert light.prompts.stride(1) == 1
+    write = _for(state.tokens, "write_ids")
+    write(state, columns, input_ids, mask_token_id, light)
+
+
 def _for(tensor: Tensor, name: str, module: str | None = None) -> Callable[..., Any]:
     """The implementation of `name` for the tensor's device; Triton is imported at need only."""
     return _triton(name, module) if tensor.is_cuda else getattr(reference, name)
@@ -379,3 +443,10 @@ def _check_tables(layout: BatchLayout, num_heads: int, tables: BlockTables) -> N
 def _check_noise(noise: Noise, num_rows: int) -> None:
     for x in (noise.seeds, noise.places, noise.steps):
         assert x.shape == (num_rows,) and x.dtype == torch.int64 and x.is_contiguous()
+
+
+def _check_canvases(state: CanvasState, columns: StepColumns) -> None:
+    assert state.tokens.dtype == torch.int32 and state.masked.dtype == torch.bool
+    assert state.tokens.is_contiguous() and state.masked.is_contiguous()
+    assert columns.device.shape == columns.host.shape == (NUM_COLUMNS, columns.num_reqs)
+    assert columns.device.dtype == torch.float64 and columns.device.is_contiguous()

@@ -12,6 +12,33 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from sparsed_vllm.kernels.canvas import (
+    ALG_TEMP,
+    BLOCK_LENGTH,
+    BLOCK_STEP,
+    BY_CHANCE,
+    CANVAS_ROW,
+    EARLY_STOP,
+    END,
+    FIRST_PLACE,
+    IS_LAST,
+    MAY_HAND_OUT,
+    NUM_FILLED,
+    NUM_OPEN,
+    NUM_TOKENS,
+    READ_ROW,
+    ROW_START,
+    SHARE,
+    SLOT,
+    THRESHOLD,
+    WINDOW_ROW,
+    CanvasState,
+    OpenRows,
+    SequenceEnds,
+    SequenceRows,
+    StepColumns,
+    Taken,
+)
 from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden, Noise
 from sparsed_vllm.kernels.layout import (
     FIRST_GEN,
@@ -532,3 +559,185 @@ def token_mass(
             by_row = weight * _softmax(logits, lse[heads, rows])
             total += by_row.masked_fill_(weight == 0, 0).sum((0, 1))
         mass[slots[place], : sequence.key_len] += total
+
+
+def open_canvases(state: CanvasState, columns: StepColumns) -> OpenRows:
+    """The rows that a step reads: open places of each request's first unfinished block.
+
+    Open are the masked places before END, of which the first NUM_OPEN are read. Where there are
+    fewer, padding reads a row of the request's window.
+    """
+    slots = columns.count(SLOT)
+    masked = _masked(state, columns)
+    places = torch.arange(masked.shape[1], device=masked.device)
+    lengths = columns.count(BLOCK_LENGTH)
+    is_open = masked & (places // lengths[:, None] == (_first(masked) // lengths)[:, None])
+    is_open &= places < columns.count(END)[:, None]
+    rank = is_open.cumsum(1) - 1
+    is_read = is_open & (rank < columns.count(NUM_OPEN)[:, None])
+    num_rows = columns.num_rows
+    index = torch.where(is_read, columns.count(ROW_START)[:, None] + rank, num_rows)
+    found = places.new_full((num_rows + 1,), -1)
+    found = found.scatter_(0, index.flatten(), places.expand_as(index).flatten())[:num_rows]
+    counts, batch = columns.count(NUM_OPEN), torch.arange(columns.num_reqs, device=slots.device)
+    order = columns.count(ROW_START).argsort(stable=True)  # a request without rows may be anywhere
+    reqs = batch[order].repeat_interleave(counts[order], output_size=num_rows)
+    rows = torch.maximum(columns.count(READ_ROW)[reqs] + found, columns.count(WINDOW_ROW)[reqs])
+    known = columns.count(BLOCK_STEP)
+    block_steps = torch.where(known >= 0, known, state.block_steps[slots])
+    return OpenRows(found, reqs, rows, state.seeds[slots][reqs], block_steps[reqs])
+
+
+def fill_canvases(
+    state: CanvasState,
+    columns: StepColumns,
+    rows: OpenRows,
+    tokens: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+    uniform: Tensor | None,
+) -> Tensor:
+    """Fill places of a step with `tokens`, and note whose logits were no numbers.
+
+    A place that was handed out before takes its own token again.
+
+    tokens int64, confidence float32, largest float32 [num_rows]: see choose_tokens
+    uniform float64 [num_rows], in (0, 1): what places are drawn with; None: none are
+    Returns bool [num_rows], which rows were chosen.
+    """
+    slots = columns.count(SLOT)
+    bad = torch.zeros_like(slots).index_add_(0, rows.reqs, (~largest.isfinite()).long())
+    state.has_failed[slots] |= bad > 0
+    chosen = _choose_places(columns, rows, confidence, uniform)
+    own = slots[rows.reqs]
+    handed_out = rows.places < state.num_taken[own]
+    undefined = state.tokens.numel() - 1
+    index = torch.where(chosen, own * state.longest + rows.places, undefined)
+    flat = state.tokens.view(-1)
+    flat[index] = torch.where(handed_out, flat[index], tokens.to(flat.dtype))
+    before = _current_block(state, columns)
+    state.masked.view(-1).index_fill_(0, index, False)
+    ran_on = _current_block(state, columns) == before
+    state.block_steps[slots] = torch.where(ran_on, state.block_steps[slots] + 1, 0)
+    return chosen
+
+
+def _choose_places(
+    columns: StepColumns, rows: OpenRows, confidence: Tensor, uniform: Tensor | None
+) -> Tensor:
+    """Which rows of a step are filled: each request's surest, and those that its policy adds.
+
+    A request fills its NUM_FILLED surest places (with a threshold: one), where chance may stand in
+    for confidence (LLaDA's `random`); every place at least THRESHOLD sure (get_transfer_index in
+    NVlabs/Fast-dLLM llada/generate.py); and each place with probability SHARE (Dream's `origin`).
+    """
+    is_open = rows.places >= 0
+    scores = confidence.double()
+    if uniform is not None:
+        scores = torch.where(columns.device[BY_CHANCE][rows.reqs] > 0, uniform, scores)
+        scores = _with_gumbel(scores, columns.device[ALG_TEMP][rows.reqs], uniform)
+    ranks = _ranks(columns, rows, scores.masked_fill(~is_open, float("-inf")))
+    chosen = ranks < columns.device[NUM_FILLED][rows.reqs]
+    chosen |= confidence >= columns.device[THRESHOLD].float()[rows.reqs]
+    if uniform is not None:
+        chosen |= uniform < columns.device[SHARE][rows.reqs]
+    return chosen & is_open
+
+
+def _ranks(columns: StepColumns, rows: OpenRows, scores: Tensor) -> Tensor:
+    """Each row's rank among its request's, the highest score first; int64 [num_rows]."""
+    numbers = torch.arange(len(scores), device=scores.device)
+    numbers -= columns.count(ROW_START)[rows.reqs]
+    table = scores.new_full((columns.num_reqs, columns.most(NUM_OPEN)), float("-inf"))
+    table[rows.reqs, numbers] = scores
+    order = table.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)[rows.reqs, numbers]
+
+
+def _with_gumbel(scores: Tensor, alg_temp: Tensor, uniform: Tensor) -> Tensor:
+    """Where alg_temp is over 0: scores whose largest are drawn from softmax(scores / alg_temp).
+
+    All float64 [num_rows]. In fewer bits Gumbel noise distorts the draw (arXiv 2409.02908).
+    Source: _sample in DreamLM/Dream generation_utils.py.
+    """
+    drawn = scores / alg_temp - (-uniform.log()).log()
+    return torch.where(alg_temp > 0, drawn, scores)
+
+
+def take_canvases(state: CanvasState, columns: StepColumns, ends: SequenceEnds | None) -> Taken:
+    """Hand out the tokens that became final and were not handed out yet.
+
+    ends: of sequences that are appended to; written: where what was handed out before ends
+    """
+    slots = columns.count(SLOT)
+    taken = state.num_taken[slots]
+    # A request that starts over does not hand out twice what it handed out before.
+    final = torch.maximum(_num_final(state, columns), taken)
+    final = torch.where(columns.device[MAY_HAND_OUT] > 0, final, taken)
+    state.num_taken[slots] = final
+    if ends is not None:
+        ends.ends[slots] = ends.prompt_lens[slots] + taken.to(ends.ends.dtype)
+    last = columns.count(NUM_TOKENS)[:, None] - 1
+    width = torch.arange(columns.width, device=slots.device)
+    places = torch.minimum(taken[:, None] + width, last)
+    tokens = state.tokens[slots[:, None], places].long()
+    return Taken(tokens, places, (final - taken).int(), state.has_failed[slots].int())
+
+
+def _num_final(state: CanvasState, columns: StepColumns) -> Tensor:
+    """How many places may have been handed out after the step; int64 [num_reqs]."""
+    masked = _masked(state, columns)
+    num_tokens, lengths = columns.count(NUM_TOKENS), columns.count(BLOCK_LENGTH)
+    final = torch.where(masked.any(1), _first(masked) // lengths * lengths, num_tokens)
+    is_whole = columns.device[EARLY_STOP] == 0
+    final = torch.where(is_whole, final // num_tokens * num_tokens, final)
+    # Logits that are not numbers can leave a place unfilled; the request ends all the same.
+    return torch.where(columns.device[IS_LAST] > 0, num_tokens, final)
+
+
+def write_ids(
+    state: CanvasState,
+    columns: StepColumns,
+    input_ids: Tensor,
+    mask_token_id: int,
+    light: SequenceRows | None,
+) -> None:
+    """Write the tokens that the model sees: of each canvas from FIRST_PLACE on, and of `light`.
+
+    input_ids int32 [rows of the batch]: written;  light: whose positions are written, too
+    """
+    slots, last = columns.count(SLOT), columns.count(NUM_TOKENS)[:, None] - 1
+    if light is not None:
+        own = slots[light.seqs]
+        prompt_lens = light.prompt_lens[own].long()
+        is_prompt = light.places < prompt_lens
+        prompt = light.prompts[own, light.places]
+        seen = _seen(state, own, (light.places - prompt_lens).clamp(min=0), mask_token_id)
+        input_ids[light.rows] = torch.where(is_prompt, prompt, seen)
+        light.positions[light.rows] = light.places
+    # Other places write the first or the last one again.
+    places = torch.arange(columns.most(NUM_TOKENS), device=slots.device)
+    places = torch.maximum(torch.minimum(places, last), columns.count(FIRST_PLACE)[:, None])
+    rows = columns.count(CANVAS_ROW)[:, None] + places
+    input_ids[rows] = _seen(state, slots[:, None], places, mask_token_id)
+
+
+def _seen(state: CanvasState, slots: Tensor, places: Tensor, mask_token_id: int) -> Tensor:
+    """The tokens that the model sees of places of canvases; int32."""
+    return state.tokens[slots, places].masked_fill(state.masked[slots, places], mask_token_id)
+
+
+def _masked(state: CanvasState, columns: StepColumns) -> Tensor:
+    """What is masked of the canvases of a step; bool [num_reqs, places of the longest]."""
+    return state.masked[columns.count(SLOT), : columns.most(NUM_TOKENS)]
+
+
+def _current_block(state: CanvasState, columns: StepColumns) -> Tensor:
+    """The first block with a masked place; block 0 of a canvas that has none."""
+    return _first(_masked(state, columns)) // columns.count(BLOCK_LENGTH)
+
+
+def _first(masked: Tensor) -> Tensor:
+    """The first masked place of each row, or 0 if none is; int64 [rows]."""
+    return masked.int().argmax(1)

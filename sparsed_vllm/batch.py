@@ -4,7 +4,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsed_vllm.canvases import CanvasStep
+from sparsed_vllm.canvases import CanvasPlaces, CanvasStep
 from sparsed_vllm.kernels.choice import Choice
 from sparsed_vllm.kernels.layout import PAGE, places_within, send
 from sparsed_vllm.pages import PageWrites
@@ -82,12 +81,6 @@ class DenoisingBatch:
     def plans(self) -> list[Plan]:
         return [request.plan for request in self.requests]
 
-    @cached_property
-    def canvas_rows(self) -> NDArray[np.int64]:
-        """[num_reqs] the row of each canvas's first place, or where it would be."""
-        rows = [plan.prompt_len - step.first_row + step.num_chosen for step, plan in self.pairs]
-        return self.starts[:-1] + np.array(rows)
-
     def rows_of_requests(self) -> Iterator[tuple[int, int, int]]:
         """Each request that reads rows, and its rows [first, end) among those that are read."""
         first = 0
@@ -129,18 +122,33 @@ class RowWindows:
         return cls(firsts, sizes, send(rows, device))
 
 
-def window_bounds(batch: DenoisingBatch, shift: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def canvas_places(
+    starts: NDArray[np.int32],
+    steps: Sequence[Step],
+    plans: Sequence[Plan],
+    firsts: NDArray[np.int64],
+    shift: int,
+) -> CanvasPlaces:
+    """Where the canvases of a batch lie in it; firsts: see window_bounds"""
+    begins = np.array([p.prompt_len - s.first_row for s, p in zip(steps, plans, strict=True)])
+    rows = starts[:-1] + begins + np.array([step.num_chosen for step in steps])
+    return CanvasPlaces(np.maximum(-begins, 0), rows, rows - shift, starts[:-1] + firsts)
+
+
+def window_bounds(
+    starts: NDArray[np.int32], steps: Sequence[Step], plans: Sequence[Plan], shift: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and last row of each sequence's window, the latter excluded.
 
     Windows begin and end with pages, which all block sizes divide, so that every kernel meets the
     tiles that it meets in the other layers.
     """
-    lengths = np.diff(batch.starts).astype(np.int64)
-    blocks = np.array([(step.block.start, step.end) for step in batch.steps])
-    reach = blocks + np.array([plan.prompt_len - shift for plan in batch.plans])[:, None]
+    lengths = np.diff(starts).astype(np.int64)
+    blocks = np.array([(step.block.start, step.end) for step in steps])
+    reach = blocks + np.array([plan.prompt_len - shift for plan in plans])[:, None]
     firsts = np.maximum(reach[:, 0] // PAGE * PAGE, 0)
     ends = np.minimum(-(-reach[:, 1] // PAGE) * PAGE, lengths)
-    whole = np.array([needs_all_rows(step) for step in batch.steps])
+    whole = np.array([needs_all_rows(step) for step in steps])
     return np.where(whole, 0, firsts), np.where(whole, lengths, ends)
 
 

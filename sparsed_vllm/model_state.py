@@ -5,7 +5,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -28,19 +27,20 @@ from sparsed_vllm.batch import (
     DenoisingBatch,
     DenoisingRequest,
     RowWindows,
+    canvas_places,
     page_writes,
     window_bounds,
 )
-from sparsed_vllm.canvases import Canvases, CanvasStep, NewCanvas
+from sparsed_vllm.canvases import Canvases, NewCanvas
 from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.graphs import LightGraph, LightGraphs
-from sparsed_vllm.kernels.layout import send
+from sparsed_vllm.kernels.canvas import SequenceRows
 from sparsed_vllm.logprobs import LogprobRecord
 from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.metadata import SparsedMetadata
 from sparsed_vllm.recorded_tables import RecordedTables
 from sparsed_vllm.refresh import ContextMass, LightRows, ReadRows
-from sparsed_vllm.rehearsal import rehearse, rehearse_choices
+from sparsed_vllm.rehearsal import rehearse, rehearse_canvases, rehearse_choices
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.steps import Source
 
@@ -96,9 +96,6 @@ class DenoisingModelState(ModelState):
         self._windows: RowWindows | None = None
         self._graph: LightGraph | None = None
         self._pages = torch.empty(0)  # int32 [num_reqs, most pages]
-        # int64 [3, num_reqs]: the batch's row of a canvas's first place, of its window's first row,
-        # and the first place that is computed.
-        self._rows = torch.empty(0)
         self.req_states: RequestState | None = None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -144,14 +141,7 @@ class DenoisingModelState(ModelState):
             return  # Warm-up, which counts on vLLM's own rows.
         self._pages = block_tables[0]
         batch = self._plan(input_batch, known)
-        firsts, ends = window_bounds(batch, self.shift)
-        first_places = [max(0, step.first_row - plan.prompt_len) for step, plan in batch.pairs]
-        columns = np.stack([batch.canvas_rows, batch.starts[:-1] + firsts, first_places])
-        self._rows = send(columns, self.device)
-        # Another backend's metadata knows no windows.
-        if self.reader.sparse_config and (ends - firsts).sum() < input_batch.num_tokens:
-            self._windows = RowWindows.of(batch.starts, firsts, ends, self.device)
-        reads = self._rows_read(batch.canvas)
+        reads = batch.canvas.rows.batch_rows
         self._batch = self._with_reuse(batch, reads)
         self._graph = self.graphs.find(self._batch)
         # A step that fills nothing still has a row: kernels for none at all are rarely tried.
@@ -168,17 +158,15 @@ class DenoisingModelState(ModelState):
         order = [i for members in by_policy.values() for i in members]
         slots = [request.slot for request in requests]
         params = [request.plan.params for request in requests]
-        canvas = self.canvases.open(slots, params, steps, order)
+        plans = [request.plan for request in requests]
         starts = input_batch.query_start_loc_np[: len(requests) + 1]
+        firsts, ends = window_bounds(starts, steps, plans, self.shift)
+        # Another backend's metadata knows no windows.
+        if self.reader.sparse_config and (ends - firsts).sum() < input_batch.num_tokens:
+            self._windows = RowWindows.of(starts, firsts, ends, self.device)
+        places = canvas_places(starts, steps, plans, firsts, self.shift)
+        canvas = self.canvases.open(slots, params, steps, order, places)
         return DenoisingBatch(input_batch.req_ids, requests, steps, starts, canvas)
-
-    def _rows_read(self, canvas: CanvasStep) -> Tensor:
-        """Rows of the hidden states that predict the places that are read, int64 [num_rows].
-
-        Padding reads the first row of its request's window.
-        """
-        canvas_rows, window_rows = self._rows[:2, canvas.reqs]
-        return torch.maximum(canvas_rows - self.shift + canvas.places, window_rows)
 
     def _with_reuse(self, batch: DenoisingBatch, reads: Tensor) -> DenoisingBatch:
         """What a step does besides for requests that reuse keys and values.
@@ -202,7 +190,7 @@ class DenoisingModelState(ModelState):
         # A step that reads nothing keeps what the one before noted, but never another request's.
         begun = [i for i, step in enumerate(batch.steps) if step.source is Source.FRESH]
         self.mass.clear([slots[i] for i in sorted({*spans, *begun})])
-        seqs, weights = batch.canvas.reqs, (batch.canvas.places >= 0).float()
+        seqs, weights = batch.canvas.rows.reqs, (batch.canvas.places >= 0).float()
         return replace(
             batch,
             light=light,
@@ -220,27 +208,17 @@ class DenoisingModelState(ModelState):
         batch = self.batch_of(input_batch)
         if batch is None:
             return {}
-        if batch.light is not None:
-            self._write_light(batch.light, input_batch, req_states)
-        canvas_rows, _, first_places = self._rows
-        self.canvases.write_ids(
-            batch.canvas, canvas_rows, first_places, input_batch.input_ids, self.mask_token_id
-        )
+        light = None if batch.light is None else self._of_light(batch.light, input_batch)
+        self.canvases.write_ids(batch.canvas, input_batch.input_ids, self.mask_token_id, light)
         rows = self._windows.rows if self._windows else None
         return {"rows": rows, "graph": self._graph}
 
-    def _write_light(
-        self, light: LightRows, input_batch: InputBatch, req_states: RequestState
-    ) -> None:
-        """Write tokens and positions of the rows of light steps; their canvases come after."""
-        slots = input_batch.idx_mapping[light.seqs]
-        prompt_len = req_states.prompt_len.gpu[slots].long()
-        is_prompt = light.places < prompt_len
-        prompt = req_states.all_token_ids.gpu[slots, light.places]
-        canvas = self.canvases.seen(slots, (light.places - prompt_len).clamp(min=0))
-        ids = torch.where(is_prompt, prompt, canvas.masked_fill(canvas < 0, self.mask_token_id))
-        input_batch.input_ids[light.rows] = ids.to(input_batch.input_ids.dtype)
-        input_batch.positions[light.rows] = light.places
+    def _of_light(self, light: LightRows, input_batch: InputBatch) -> SequenceRows:
+        """The rows of light steps, and where their prompts are."""
+        assert self.req_states is not None
+        prompts, prompt_lens = self.req_states.all_token_ids.gpu, self.req_states.prompt_len.gpu
+        rows = (light.rows, light.places, light.seqs)
+        return SequenceRows(*rows, prompts, prompt_lens, input_batch.positions)
 
     def batch_of(self, input_batch: InputBatch) -> DenoisingBatch | None:
         """What was planned for `input_batch`; None for one that was not planned (dummy)."""
@@ -336,6 +314,7 @@ class DenoisingModelState(ModelState):
             impl = self._attention_layers()[0].impl
             rehearse(impl, self.reader.sparse_config, dtype=self.dtype, device=self.device)
         rehearse_choices(self.mask_token_id, self.vocab_size, self.dtype, self.device)
+        rehearse_canvases(self.canvases)
 
     def capture_inner_cudagraphs(
         self,

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparsed_vllm.attention import LayerStep, SparsedImpl
 from sparsed_vllm.batch import DenoisingBatch, DenoisingRequest
-from sparsed_vllm.canvases import Canvases
+from sparsed_vllm.canvases import Canvases, CanvasPlaces, NewCanvas
 from sparsed_vllm.config import BLOCK_SIZES, SparseConfig, Sparsity
 from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
+from sparsed_vllm.kernels.canvas import SequenceEnds, SequenceRows
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 from sparsed_vllm.kernels.layout import LEAST_KEYS, PAGE, BatchLayout, num_blocks
 from sparsed_vllm.metadata import DENSE_ROWS, plan_launches
@@ -48,7 +49,7 @@ def rehearse(
     with_flash = flash_attention(device.type, dtype) is not None
     for _ in range(_STEPS):
         step = request.cursor.advance()
-        canvas = canvases.open([0], [params], [step], [0])
+        canvas = canvases.open([0], [params], [step], [0], CanvasPlaces.alone())
         batch = DenoisingBatch(["rehearsal"], [request], [step], starts, canvas)
         metadata = plan_launches(starts, pages, batch, with_flash=with_flash)
         impl.attend(LayerStep(q, k, v, cache, metadata, torch.empty_like(q)))
@@ -101,3 +102,24 @@ def rehearse_choices(
     for choice, drawn in ((Choice(), None), (Choice(temperature=1.0), noise)):
         api.choose_tokens(logits, choice, Forbidden(mask_token_id), drawn)
     api.draw_uniform(noise)
+
+
+def rehearse_canvases(canvases: Canvases) -> None:
+    """Open, fill, write and hand out a canvas of one place, which nobody has yet.
+
+    In the tensors that requests will have: kernels are compiled for how these are aligned.
+    """
+    params = DenoisingParams(1, 1, 1, "low_confidence")
+    step = Plan(params, None, 1).at(0)
+    numbers = torch.zeros(1, dtype=torch.int64, device=canvases.device)
+    tokens, chance, sure = numbers.int(), numbers.double() + 0.5, numbers.float()
+    light = SequenceRows(numbers, numbers, numbers, tokens[:, None] + 1, tokens + 1, numbers + 0)
+    for uniform, of_light, ends in (
+        (None, None, None),
+        (chance, light, SequenceEnds(tokens, tokens + 0)),
+    ):
+        canvases.add([NewCanvas(0, num_tokens=1, seed=0)])
+        canvas = canvases.open([0], [params], [step], [0], CanvasPlaces.alone())
+        canvases.write_ids(canvas, tokens + 0, 0, of_light)
+        canvases.fill(canvas, numbers, sure, sure, uniform)
+        canvases.take(canvas, ends)

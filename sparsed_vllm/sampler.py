@@ -18,7 +18,8 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from sparsed_vllm.batch import DenoisingBatch, TokenPolicy
 from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+from sparsed_vllm.kernels.canvas import SequenceEnds
+from sparsed_vllm.kernels.choice import Choice, Forbidden
 from sparsed_vllm.kernels.layout import send
 from sparsed_vllm.logprobs import LogprobRecord, TokenScores, score_tokens
 from sparsed_vllm.unmasking import draws_places
@@ -63,18 +64,16 @@ class DenoisingSampler:
         if batch is None:
             self._hold_largest_step(hidden_states)
             return _nothing(input_batch)
-        self._rewind_total_len(batch, input_batch)
-        canvases, canvas = self.state.canvases, batch.canvas
-        if len(canvas.places):
+        if len(batch.canvas.places):
             self._advance(hidden_states, batch)
-        tokens, count, places = canvases.take(canvas)
+        taken = self.state.canvases.take(batch.canvas, self._sequence_ends())
         slots = [request.slot for request in batch.requests]
         records = [self.state.logprobs.get(slot) for slot in slots]
         return SamplerOutput(
-            sampled_token_ids=tokens,
-            logprobs_tensors=_join_scores(records, places),
-            num_nans=canvases.has_failed[canvas.slots].int(),
-            num_sampled=count.int(),
+            sampled_token_ids=taken.tokens,
+            logprobs_tensors=_join_scores(records, taken.places),
+            num_nans=taken.has_failed,
+            num_sampled=taken.counts,
             # All of the query, so that the next step computes the whole sequence again.
             num_rejected=input_batch.query_start_loc[: len(slots) + 1].diff(),
             # They travel as these; no engine of ours has such masks.
@@ -83,21 +82,19 @@ class DenoisingSampler:
 
     def _advance(self, hidden_states: Tensor, batch: DenoisingBatch) -> None:
         """Choose a token for every place that is read, and fill the places that are due."""
-        canvases, canvas = self.state.canvases, batch.canvas
-        noise = canvases.noise(canvas)
+        canvas = batch.canvas
         draws = any(draws_places(request.plan.params) for request in batch.requests)
         rows_by_policy = list(_slices(batch, self._rows_at_once))
         choices = [
-            self._choose(hidden_states[rows], policy, canvas, rows, noise)
+            self._choose(hidden_states[rows], policy, canvas, rows)
             for policy, rows in rows_by_policy
         ]
         tokens, confidence, largest = (
-            torch.cat([getattr(choice, name) for choice in choices])
+            _joined([getattr(choice, name) for choice in choices])
             for name in ("tokens", "confidence", "largest")
         )
-        canvases.fail(canvas, largest)
-        uniform = api.draw_uniform(noise) if draws else None
-        chosen = canvases.fill(canvas, tokens, confidence, uniform)
+        uniform = api.draw_uniform(canvas.noise) if draws else None
+        chosen = self.state.canvases.fill(canvas, tokens, confidence, largest, uniform)
         for (_, rows), choice in zip(rows_by_policy, choices, strict=True):
             if choice.scores is not None:
                 self._record(batch, rows, choice.scores, chosen)
@@ -108,12 +105,11 @@ class DenoisingSampler:
         policy: TokenPolicy,
         canvas: CanvasStep,
         rows: slice,
-        noise: Noise,
     ) -> Choices:
         """The tokens of some rows of one policy; hidden_states: theirs."""
         logits = self.state.model.score(hidden_states)
         forbidden = self._forbidden(policy, canvas, rows)
-        drawn = noise.of(rows) if policy.choice.temperature > 0 else None
+        drawn = canvas.noise.of(rows) if policy.choice.temperature > 0 else None
         tokens, confidence, largest = api.choose_tokens(logits, policy.choice, forbidden, drawn)
         scores = None
         if policy.logprobs is not None:
@@ -124,7 +120,7 @@ class DenoisingSampler:
         mask_token_id, stops = self.state.mask_token_id, policy.stop_tokens
         if not stops:
             return Forbidden(mask_token_id)
-        early = canvas.places[rows] < canvas.count("min_tokens")[canvas.reqs[rows]]
+        early = canvas.is_early(rows)
         return Forbidden(mask_token_id, send(np.array(stops), early.device), early)
 
     def _record(
@@ -161,18 +157,15 @@ class DenoisingSampler:
         if self.state.mass is not None:
             self.state.mass.hold()
 
-    def _rewind_total_len(self, batch: DenoisingBatch, input_batch: InputBatch) -> None:
-        """Point vLLM's record of each sequence at the end of what was handed out.
+    def _sequence_ends(self) -> SequenceEnds:
+        """vLLM's record of each sequence's end, which shall be that of what was handed out.
 
         vLLM took the masks behind the prompt for prompt, and appends after them: past the row's
         end, into the next request's.
         """
         req_states = self.state.req_states
         assert req_states is not None, "inputs were prepared"
-        slots = input_batch.idx_mapping
-        prompt_len = req_states.prompt_len.gpu[slots]
-        taken = self.state.canvases.num_taken[batch.canvas.slots]
-        req_states.total_len.gpu[slots] = prompt_len + taken.to(prompt_len.dtype)
+        return SequenceEnds(req_states.prompt_len.gpu, req_states.total_len.gpu)
 
 
 class Choices(NamedTuple):
@@ -193,6 +186,11 @@ def _slices(
         bounds, most = [(first, end) for _, first, end in parts], most_of(policy)
         for start in range(bounds[0][0], bounds[-1][1], most):
             yield policy, slice(start, min(start + most, bounds[-1][1]))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of all parts; a copy only where there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _nothing(input_batch: InputBatch) -> SamplerOutput:

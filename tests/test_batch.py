@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from sparsed_vllm.batch import DenoisingBatch, RowWindows, window_bounds
+from sparsed_vllm.batch import RowWindows, window_bounds
 from sparsed_vllm.config import BLOCK_SIZES
 from sparsed_vllm.steps import Block, Phase, Source
 
 
 def batch_of(*requests):
-    """requests: (prompt_len, num_tokens, first open place, end of the open ones, phase)"""
-    plans = [SimpleNamespace(plan=SimpleNamespace(prompt_len=one[0])) for one in requests]
+    """Starts, steps and plans of a batch.
+
+    requests: (prompt_len, num_tokens, first open place, end of the open ones, phase)
+    """
+    plans = [SimpleNamespace(prompt_len=one[0]) for one in requests]
     steps = [
         SimpleNamespace(block=Block(first, end, 1), end=end, phase=phase, source=Source.FRESH)
         for _, _, first, end, phase in requests
     ]
     starts = np.cumsum([0, *(prompt + num for prompt, num, *_ in requests)]).astype(np.int32)
-    return DenoisingBatch([""] * len(plans), plans, steps, starts, None)
+    return starts, steps, plans
 
 
 @pytest.mark.parametrize(
@@ -39,20 +42,20 @@ def test_a_window_is_whole_blocks_around_its_tokens(tokens, length, window):
     prompt_len = 1
     reach = (tokens.start - prompt_len, tokens.stop - prompt_len)
     batch = batch_of((prompt_len, length - prompt_len, *reach, Phase.SPARSE))
-    firsts, ends = window_bounds(batch, shift=0)
+    firsts, ends = window_bounds(*batch, shift=0)
     assert (firsts[0], ends[0]) == window
     assert all(firsts[0] % size == 0 for size in BLOCK_SIZES)
 
 
 def test_a_dream_s_window_holds_the_place_before():
     batch = batch_of((128, 8, 0, 8, Phase.DENSE))
-    assert [bound.tolist() for bound in window_bounds(batch, shift=1)] == [[0], [136]]
-    assert [bound.tolist() for bound in window_bounds(batch, shift=0)] == [[128], [136]]
+    assert [bound.tolist() for bound in window_bounds(*batch, shift=1)] == [[0], [136]]
+    assert [bound.tolist() for bound in window_bounds(*batch, shift=0)] == [[128], [136]]
 
 
 def test_a_recording_sequence_s_window_is_all_of_it():
     batch = batch_of((300, 8, 0, 8, Phase.RECORDING), (300, 8, 0, 8, Phase.DENSE))
-    assert [bound.tolist() for bound in window_bounds(batch, shift=0)] == [[0, 256], [308, 308]]
+    assert [bound.tolist() for bound in window_bounds(*batch, shift=0)] == [[0, 256], [308, 308]]
 
 
 def test_the_rows_of_a_step_are_those_of_its_windows_in_order():

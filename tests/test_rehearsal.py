@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from sparsed_vllm import attention, rehearsal
+from sparsed_vllm import attention, canvases, rehearsal
 from sparsed_vllm.attention import SparsedImpl
 from sparsed_vllm.config import SparseConfig
 from sparsed_vllm.pages import PageLayout
@@ -56,6 +56,17 @@ def test_a_rehearsal_raises_what_a_kernel_raises(name, monkeypatch):
     with pytest.raises(RuntimeError, match="out of registers"):
         impl = impl_of(holds_kv=True)
         rehearsal.rehearse(impl, SparseConfig(), dtype=torch.float32, device=CPU)
+
+
+STEPS = ["open_canvases", "write_ids", "fill_canvases", "take_canvases"]
+
+
+def test_a_rehearsal_advances_a_canvas_with_and_without_what_a_step_may_lack(monkeypatch):
+    ran, api = [], canvases.api
+    for name in STEPS:
+        monkeypatch.setattr(api, name, noting(ran, name, getattr(api, name)))
+    rehearsal.rehearse_canvases(canvases.Canvases(3, 5, CPU))
+    assert ran == STEPS * 2
 
 
 def noting(ran, name, call):

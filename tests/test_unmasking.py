@@ -2,15 +2,16 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Tokens, confidences and places, against the definitions in plain float64."""
 
+import numpy as np
 import pytest
 import torch
 
-from sparsed_vllm.canvases import Canvases
+from sparsed_vllm.canvases import Canvases, CanvasPlaces
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.choice import Forbidden, Noise
 from sparsed_vllm.params import DenoisingParams
 from sparsed_vllm.steps import Plan
-from sparsed_vllm.unmasking import choice_of, choose_places, draws_places
+from sparsed_vllm.unmasking import choice_of, draws_places
 
 MASK = 7
 
@@ -148,10 +149,11 @@ def chosen_of(confidences, requests, seed=0):
     canvases.masked[list(slots)] = canvases._places < torch.tensor(
         [params.num_tokens for params in requests]
     ).unsqueeze(1)
-    step = canvases.open(slots, requests, [plan.at(0) for plan in plans], slots)
+    nowhere = CanvasPlaces(*np.zeros((4, len(requests)), np.int64))
+    step = canvases.open(slots, requests, [plan.at(0) for plan in plans], slots, nowhere)
     draws = any(map(draws_places, requests))
     uniform = api.draw_uniform(noise(len(step.places), seed)) if draws else None
-    chosen = choose_places(step, torch.cat(confidences), uniform)
+    chosen = fill(canvases, step, torch.cat(confidences), uniform)
     return list(chosen.split([len(part) for part in confidences]))
 
 
@@ -211,9 +213,15 @@ def chosen_of_step(index, confidence, params, seed):
     canvases = Canvases(1, params.num_tokens, torch.device("cpu"))
     canvases.masked[0] = True
     step = Plan(params, None, 1).at(index)._replace(num_open=len(confidence))
-    canvas = canvases.open([0], [params], [step], [0])
+    canvas = canvases.open([0], [params], [step], [0], CanvasPlaces.alone())
     uniform = api.draw_uniform(noise(len(confidence), seed))
-    return [choose_places(canvas, confidence, uniform)]
+    return [fill(canvases, canvas, confidence, uniform)]
+
+
+def fill(canvases, step, confidence, uniform):
+    """Fill places of a step with any tokens; which, bool [num_rows]."""
+    tokens = torch.zeros(len(confidence), dtype=torch.int64)
+    return canvases.fill(step, tokens, confidence, torch.ones(len(confidence)), uniform)
 
 
 def test_origin_draws_each_open_place_by_itself():

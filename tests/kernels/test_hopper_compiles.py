@@ -33,6 +33,11 @@ COMPILED = {
     "_write_pages_kernel": 2 * 3,
     "_mass_parts_kernel": 3,
     "_add_parts_kernel": 3,
+    # Of batches of three sizes, each with and without what a step may lack.
+    "_open_canvases_kernel": 3,
+    "_fill_canvases_kernel": 6,
+    "_take_canvases_kernel": 6,
+    "_write_ids_kernel": 6,
 }
 
 

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Every kernel once or twice at small shapes, for tools/sanitize.sh: it is slow by its nature."""
 
+import canvas_cases
 import pytest
 import torch
 from kernel_cases import (
@@ -114,3 +115,17 @@ def test_dropping_nans():
     api.drop_nans(whole[1:, 1:4])
     torch.cuda.synchronize()
     assert int(whole.isnan().sum()) == whole.numel() - 299 * 3 * 64
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_canvases_are_opened_filled_and_handed_out(draws):
+    case = canvas_cases.make_case(3)
+    state, columns = case.on("cuda")
+    rows = api.open_canvases(state, columns)
+    uniform = case.uniform.cuda() if draws else None
+    api.fill_canvases(state, columns, rows, *case.results("cuda"), uniform)
+    ids = torch.zeros(7 * 700, dtype=torch.int32, device="cuda")
+    api.write_ids(state, columns, ids, 5, None)
+    taken = api.take_canvases(state, columns, None)
+    torch.cuda.synchronize()
+    assert (taken.places >= 0).all() and (taken.counts >= 0).all()

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Compiles every kernel for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
 
+import canvas_cases
 import torch
 from kernel_cases import make_batch, scattered_tables
 from paged_cases import make_case
@@ -15,15 +16,20 @@ from sparsed_vllm.kernels import (
     block_sparse_attention,
     choose_tokens,
     dense_attention,
+    fill_canvases,
     hopper,
     hopper_scores,
     noise,
+    open_canvases,
     paged_attention,
     paged_block_sparse_attention,
     select_blocks,
+    take_canvases,
     token_mass,
+    write_ids,
     write_pages,
 )
+from sparsed_vllm.kernels.canvas import SequenceEnds, SequenceRows
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
@@ -91,6 +97,22 @@ def call_light():
         token_mass.token_mass(**case.on("cpu"))
 
 
+def call_canvases():
+    for num_reqs in (1, 3, 16):
+        case = canvas_cases.make_case(0, num_reqs, NUM_OPEN=num_reqs)
+        state, columns = case.on("cpu")
+        rows = open_canvases.open_canvases(state, columns)
+        for uniform in (None, case.uniform):
+            of_rows = (*case.results("cpu"), uniform)
+            fill_canvases.fill_canvases(state, columns, rows, *of_rows)
+        lens = torch.zeros(2, 20, dtype=torch.int32)
+        for ends in (None, SequenceEnds(*lens)):
+            take_canvases.take_canvases(state, columns, ends)
+        prompts = torch.zeros(20, 90, dtype=torch.int32)
+        for light in (None, SequenceRows(*rows[:3], prompts, lens[0], rows[0])):
+            write_ids.write_ids(state, columns, lens[0], 5, light)
+
+
 def attend(batch, attention, *tables):
     options = {"scale": 1.0, "return_lse": True}
     attention(batch.q, batch.k, batch.v, batch.layout, *tables, **options)
@@ -122,6 +144,7 @@ def main():
     call_triton()
     call_choice()
     call_light()
+    call_canvases()
     for kernel in kernels:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.name

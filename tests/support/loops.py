@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sparsed_vllm.batch import DenoisingBatch, DenoisingRequest
-from sparsed_vllm.canvases import Canvases, NewCanvas
+from sparsed_vllm.canvases import Canvases, CanvasPlaces, NewCanvas
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.steps import Plan
 
@@ -51,17 +51,21 @@ class Loop:
     def tokens(self):
         """What the model sees of the canvas, int64 [num_tokens]."""
         ids = torch.zeros(self.plan.length, dtype=torch.int32, device=self.canvases.device)
-        starts = torch.tensor([self.plan.prompt_len], device=ids.device)
-        self.canvases.write_ids(self._open().canvas, starts, starts * 0, ids, self.mask)
+        self.canvases.write_ids(self._open().canvas, ids, self.mask)
         return ids[self.plan.prompt_len :].long()
 
     def _open(self):
         """The coming step; the last again when it is over."""
         step = self.plan.at(min(self.request.cursor.step, self.plan.num_steps - 1))
         slots, params = [self.request.slot], [self.plan.params]
-        canvas = self.canvases.open(slots, params, [step], [0])
+        canvas = self.canvases.open(slots, params, [step], [0], self._places())
         starts = np.array([0, self.plan.length], np.int32)
         return DenoisingBatch(["0"], [self.request], [step], starts, canvas)
+
+    def _places(self):
+        """Where its canvas lies: behind the prompt."""
+        first, rows = np.array([[0], [self.plan.prompt_len]])
+        return CanvasPlaces(first, rows, rows, first)
 
     def open(self):
         """Begin the next step; returns the places whose logits it reads, int64 [n], -1 padded."""
@@ -73,5 +77,5 @@ class Loop:
         self.request.cursor.advance()
         if len(logits):
             self.sampler._advance(logits, self.batch)
-        tokens, count, _ = self.canvases.take(self.batch.canvas)
-        return tokens[0], count[0]
+        taken = self.canvases.take(self.batch.canvas)
+        return taken.tokens[0], taken.counts[0]

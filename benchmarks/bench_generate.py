@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from attention.timing import spread
 from budget import Budget, note
-from generation.dummies import MODELS, forget_peak, print_line, start
+from generation.dummies import MODELS, print_line, start
+from generation.machine import forget_peak
 from generation.shares import profile_phases
 from generation.steps import Load, medians, project, time_phases, time_whole
 

@@ -20,7 +20,8 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from generation.dummies import MODELS, SKIP, request, start, versions, wait
+from generation.dummies import MODELS, SKIP, request, start, versions
+from generation.machine import wait
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from sparsed_vllm import attention, model_state

@@ -21,14 +21,9 @@ from itertools import product
 
 import torch
 from attention.timing import spread
-from budget import Budget, note
-from generation.dummies import (  # puts examples/ on the path
-    MODELS,
-    SELECT,
-    forget_peak,
-    print_line,
-    wait,
-)
+from budget import Budget
+from generation.dummies import MODELS, SELECT, print_line  # puts examples/ on the path
+from generation.machine import forget_peak, guarded, wait
 from generation.steps import Load, project
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -126,15 +121,6 @@ def measure(args: argparse.Namespace, network: Network, load: Load, device: str)
         numbers = {"seconds": total, "tokens_per_second": NEW_TOKENS / total}
         report(phase="generation", mode=mode, steps=steps, **numbers, projected=True)
     gc.collect()
-
-
-def guarded(call: Callable[[], None], length: int) -> None:
-    """A length that does not fit is a result too, and the others go on."""
-    try:
-        call()
-    except torch.OutOfMemoryError as error:
-        note(f"{length} tokens do not fit: {' '.join(str(error).split()):.200}")
-        torch.cuda.empty_cache()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,8 @@ import argparse
 import time
 from typing import Any
 
-from generation.dummies import MODELS, SKIP, print_line, request, start, wait
+from generation.dummies import MODELS, SKIP, print_line, request, start
+from generation.machine import wait
 
 from sparsed_vllm.steps import recording_step
 

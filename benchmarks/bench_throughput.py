@@ -11,8 +11,9 @@ before and after, by the seconds that a step takes.
 import argparse
 import time
 
-from generation.dummies import MODELS, forget_peak, print_line, request, start
+from generation.dummies import MODELS, print_line, request, start
 from generation.gemms import seconds_of_gemms
+from generation.machine import forget_peak
 from vllm import LLM
 
 

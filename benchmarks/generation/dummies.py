@@ -24,6 +24,9 @@ import vllm
 from checkpoints import Shape, dream_config, llada_config
 from vllm import LLM, SamplingParams
 
+# isort: split
+from generation.machine import device_name, peak_bytes
+
 MODELS = {
     "llada": (llada_config, Shape(126464, 32, 32, 32, 4096, 12288)),
     "dream": (dream_config, Shape(152064, 28, 28, 4, 3584, 18944)),
@@ -83,27 +86,6 @@ def request(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, extra_args=extra
     )
     return {"prompt_token_ids": [i % 250 for i in range(length - new_tokens)]}, params
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu, {len(os.sched_getaffinity(0))} cores"
-
-
-def forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes() -> int | None:
-    """The most that tensors took since forget_peak(): weights, pages and activations."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def print_line(bench: str, model: str, num_layers: int | None, **rest: Any) -> None:

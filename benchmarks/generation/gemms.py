@@ -11,7 +11,7 @@ from torch import nn
 from vllm import LLM
 from vllm.model_executor.layers.linear import LinearBase
 
-from generation.dummies import wait
+from generation.machine import wait
 
 
 def seconds_of_gemms(llm: LLM, tokens: int, rows: int, rounds: int = 3) -> float:

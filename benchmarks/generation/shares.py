@@ -22,7 +22,8 @@ from torch.cuda import Event as Mark
 from torch.profiler import ProfilerActivity, profile, record_function
 from vllm import LLM
 
-from generation.dummies import SKIP, wait
+from generation.dummies import SKIP
+from generation.machine import wait
 from generation.steps import Load, time_step
 from sparsed_vllm.sampler import DenoisingSampler
 from sparsed_vllm.steps import phase_of

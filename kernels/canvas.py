@@ -15,6 +15,7 @@ from torch import Tensor
 (
     SLOT,
     NUM_TOKENS,
+    NUM_SEEN,
     BLOCK_LENGTH,
     END,
     BLOCK_STEP,
@@ -33,11 +34,12 @@ from torch import Tensor
     CANVAS_ROW,
     READ_ROW,
     WINDOW_ROW,
-) = range(20)
+) = range(21)
 """The columns of a step, one number a request:
 
 SLOT: its row in the tensors of CanvasState
 NUM_TOKENS, BLOCK_LENGTH: places of its canvas and of a block
+NUM_SEEN: places of its canvas that the model sees, from the first
 END: no place from there on is open
 BLOCK_STEP: the step's number within its block; -1: only the device knows
 NUM_OPEN, ROW_START: how many rows it reads, and where they begin among those of all requests
@@ -55,7 +57,7 @@ CANVAS_ROW: the batch's row of its first place, or where that would be
 READ_ROW: the batch's row that predicts its first place, or where that would be
 WINDOW_ROW: the first of its rows in the batch that the last layer computes
 """
-NUM_COLUMNS = 20
+NUM_COLUMNS = 21
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from sparsed_vllm.kernels import canvas
 
 SLOT = tl.constexpr(canvas.SLOT)
 NUM_TOKENS = tl.constexpr(canvas.NUM_TOKENS)
+NUM_SEEN = tl.constexpr(canvas.NUM_SEEN)
 BLOCK_LENGTH = tl.constexpr(canvas.BLOCK_LENGTH)
 END = tl.constexpr(canvas.END)
 BLOCK_STEP = tl.constexpr(canvas.BLOCK_STEP)

@@ -25,6 +25,7 @@ from sparsed_vllm.kernels.canvas import (
     MAY_HAND_OUT,
     NUM_FILLED,
     NUM_OPEN,
+    NUM_SEEN,
     NUM_TOKENS,
     READ_ROW,
     ROW_START,
@@ -707,7 +708,7 @@ def write_ids(
 
     input_ids int32 [rows of the batch]: written;  light: whose positions are written, too
     """
-    slots, last = columns.count(SLOT), columns.count(NUM_TOKENS)[:, None] - 1
+    slots, last = columns.count(SLOT), columns.count(NUM_SEEN)[:, None] - 1
     if light is not None:
         own = slots[light.seqs]
         prompt_lens = light.prompt_lens[own].long()
@@ -717,7 +718,7 @@ def write_ids(
         input_ids[light.rows] = torch.where(is_prompt, prompt, seen)
         light.positions[light.rows] = light.places
     # Other places write the first or the last one again.
-    places = torch.arange(columns.most(NUM_TOKENS), device=slots.device)
+    places = torch.arange(columns.most(NUM_SEEN), device=slots.device)
     places = torch.maximum(torch.minimum(places, last), columns.count(FIRST_PLACE)[:, None])
     rows = columns.count(CANVAS_ROW)[:, None] + places
     input_ids[rows] = _seen(state, slots[:, None], places, mask_token_id)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsed_vllm.kernels import canvas
 from sparsed_vllm.kernels.canvas import CanvasState, SequenceRows, StepColumns
-from sparsed_vllm.kernels.canvas_columns import CANVAS_ROW, FIRST_PLACE, NUM_TOKENS, SLOT, whole
+from sparsed_vllm.kernels.canvas_columns import CANVAS_ROW, FIRST_PLACE, NUM_SEEN, SLOT, whole
 
 WIDTH = 256  # places or rows of a program
 
@@ -22,7 +22,7 @@ def write_ids(
     light: SequenceRows | None,
 ) -> None:
     """See reference.write_ids. A row that both parts write gets the same from both."""
-    num_canvas = columns.num_reqs * triton.cdiv(columns.most(canvas.NUM_TOKENS), WIDTH)
+    num_canvas = columns.num_reqs * triton.cdiv(columns.most(canvas.NUM_SEEN), WIDTH)
     num_light = 0 if light is None else len(light.rows)
     of_light = (None,) * len(SequenceRows._fields) if light is None else light
     _write_ids_kernel[(num_canvas + triton.cdiv(num_light, WIDTH),)](
@@ -127,7 +127,7 @@ def _write_canvas(
     """WIDTH places of a request's canvas from `first` on."""
     slot = whole(columns, num_reqs, SLOT, req).to(tl.int64)
     places = first + tl.arange(0, WIDTH)
-    inside = places < whole(columns, num_reqs, NUM_TOKENS, req)
+    inside = places < whole(columns, num_reqs, NUM_SEEN, req)
     inside &= places >= whole(columns, num_reqs, FIRST_PLACE, req)
     ids = _seen(tokens_ptr, masked_ptr, slot * longest + places, inside, mask_token_id)
     tl.store(input_ids + whole(columns, num_reqs, CANVAS_ROW, req) + places, ids, mask=inside)

@@ -85,6 +85,8 @@ class RequestReader:
         denoising = self._denoising(params, extra_args)
         length = prompt_len + denoising.num_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
+        if denoising.variable_length:
+            sparsity = _without_tables(sparsity, extra_args)
         plan = Plan(denoising, sparsity, prompt_len, shift=int(self.family.shifts_logits))
         if sparsity is not None:
             self._check_table(sparsity, length)
@@ -142,6 +144,18 @@ class RequestReader:
                 f"large enough to keep less than {limit} key blocks a token: with select "
                 f"{sparsity.select} and {length} tokens it keeps {ids} a block",
                 "Use larger blocks or a smaller sparsed_select, or raise sparsed.table_ids.",
+            )
+
+
+def _without_tables(sparsity: Sparsity | None, extra_args: Mapping[str, object]) -> None:
+    """A table, recorded once, has no rows for blocks to come. Raises BadRequest if one is asked."""
+    for name in REQUEST_FIELDS:
+        if sparsity is not None and name in extra_args:
+            raise BadRequest(
+                name,
+                extra_args[name],
+                "absent when variable_length is set",
+                "A canvas that grows runs dense: its table would lack the blocks to come.",
             )
 
 

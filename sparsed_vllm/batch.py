@@ -168,7 +168,7 @@ def page_writes(
         np.stack([batch.starts[i] + places, places, np.full_like(places, i)])
         for i in kept
         if batch.steps[i].source is Source.FRESH
-        for places in [np.arange(batch.plans[i].length)]
+        for places in [np.arange(batch.steps[i].length)]
     ]
     whole = send(np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1), pages.device)
     if light is not None:

@@ -210,6 +210,7 @@ def _column(slot: int, params: DenoisingParams, step: Step) -> tuple[float, ...]
     return (
         slot,
         params.num_tokens,
+        step.end if params.variable_length else params.num_tokens,
         params.block_length,
         step.end,
         -1 if step.block_step is None else step.block_step,

@@ -131,4 +131,5 @@ def reason_for(config: SparseConfig | None, extra_args: Mapping[str, Any]) -> st
     """What decided choose_sparsity: the attention `backend`, the `request` or its `length`."""
     if config is None:
         return "backend"
-    return "request" if "use_sparsed" in extra_args else "length"
+    asked = "use_sparsed" in extra_args or extra_args.get("variable_length")
+    return "request" if asked else "length"

@@ -142,7 +142,7 @@ class LightInputs:
         self, batch: DenoisingBatch, starts: NDArray[np.int32], counts: NDArray[np.int32]
     ) -> NDArray[np.int32]:
         """Rows `starts` on of q, `counts` of them, of each sequence; none of those that lack."""
-        lengths = np.array([plan.length for plan in batch.plans])
+        lengths = np.array([step.length for step in batch.steps])
         given = np.zeros((3, self.size.num_seqs), np.int32)
         given[:, : len(lengths)] = starts, counts, lengths
         zeros = np.zeros(self.size.num_seqs, np.int32)

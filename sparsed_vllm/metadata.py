@@ -213,7 +213,7 @@ class _View(NamedTuple):
         sizes = np.diff(starts)
         lengths = sizes
         if batch is not None:
-            lengths = np.array([request.plan.length for request in batch.requests])
+            lengths = np.array([step.length for step in batch.steps])
         return cls(starts[:-1], np.zeros_like(sizes), sizes, starts[:-1], lengths)
 
     def narrowed(self, windows: RowWindows) -> _View:

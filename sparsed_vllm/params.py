@@ -12,6 +12,9 @@ from sparsed_vllm.families import Family
 MAX_STEPS_PER_TOKEN = 4
 """Steps allowed per token to generate: one each already unmasks a single place a step."""
 
+GROWTH = 32
+"""Places by which a canvas of variable length grows where the request does not say: iLLaDA's."""
+
 
 @dataclass(frozen=True)
 class DenoisingParams:
@@ -26,6 +29,7 @@ class DenoisingParams:
     alg_temp: Dream's randomness in the choice of places (0: none)
     eps: Dream's last timestep
     early_stop: give out blocks as they finish, so that EOS ends the request
+    variable_length: no place sees a block that has not begun: the canvas grows block by block
     min_tokens: places, from the first, that take none of `stop_tokens`
     logprobs: alternatives to report beside each token's log probability; None: report nothing
     """
@@ -41,6 +45,7 @@ class DenoisingParams:
     alg_temp: float = 0.0
     eps: float = 1e-3
     early_stop: bool = True
+    variable_length: bool = False
     min_tokens: int = 0
     stop_tokens: tuple[int, ...] = ()
     logprobs: int | None = None
@@ -170,6 +175,9 @@ def request_fields(
             "0 or 1",
             "Use 0 to run every step and answer once, at the end.",
         ),
+        "variable_length": Field(
+            flag, lambda _: True, "0 or 1", "Use 1 to let the canvas grow block by block."
+        ),
         "cfg_scale": Field(
             number,
             lambda scale: scale == 0,
@@ -227,7 +235,9 @@ def parse_params(
         allowed = "a number of alternatives, 0 or more"
         raise BadRequest("logprobs", logprobs, allowed, "Ask for the likeliest ones only.")
     _check_sampling(family, temperature, top_p, top_k)
-    block_length = given.get("block_length", max_tokens)
+    variable_length = given.get("variable_length", False)
+    whole = min(GROWTH, max_tokens) if variable_length else max_tokens
+    block_length = given.get("block_length", whole)
     steps = given.get("steps", min(max_tokens, max_steps or max_tokens))
     num_blocks = math.ceil(max_tokens / block_length)
     if steps < num_blocks:
@@ -237,6 +247,10 @@ def parse_params(
             f"at least {num_blocks}, one for each block of {block_length} places",
             "Raise steps or block_length.",
         )
+    if variable_length and "threshold" in given:
+        allowed = "0 or absent when threshold is set"
+        why = "When a threshold ends a block, only the device knows; set steps in its place."
+        raise BadRequest("variable_length", 1, allowed, why)
     if ignore_eos and given.get("early_stop"):
         raise BadRequest(
             "early_stop", 1, "0 or absent when ignore_eos is set", "Drop one of the two."
@@ -253,6 +267,7 @@ def parse_params(
         alg_temp=given.get("alg_temp", 0.0),
         eps=given.get("eps", 1e-3),
         early_stop=given.get("early_stop", True),
+        variable_length=variable_length,
         min_tokens=min_tokens,
         stop_tokens=tuple(sorted(stop_tokens)) if min_tokens else (),
         logprobs=logprobs,

@@ -108,7 +108,7 @@ class ContextMass:
             return None
         known = []
         for i in light:
-            places = np.arange(steps[i].first_row, plans[i].length)
+            places = np.arange(steps[i].first_row, steps[i].length)
             rows = starts[i] + steps[i].num_chosen + np.arange(len(places))
             known.append(np.stack([rows, places, np.full(len(places), i)]))
         found = send(np.concatenate(known, axis=1), self.mass.device)

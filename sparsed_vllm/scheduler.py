@@ -156,9 +156,21 @@ class DenoisingScheduler(Scheduler):
         super()._update_after_schedule(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             self.progress[new.req_id].start()
+            self._grant_first_step(new.req_id, scheduler_output)
         for req_id in scheduler_output.num_scheduled_tokens:
             # Sent is run: what is aborted or preempted meanwhile costs its step all the same.
             self.tally.take_step(self.progress[req_id])
+
+    def _grant_first_step(self, req_id: str, output: SchedulerOutput) -> None:
+        """Take back what a request that starts or resumes does not compute in its first step.
+
+        vLLM grants it the whole sequence; a canvas of variable length begins with one block.
+        """
+        granted = output.num_scheduled_tokens[req_id]
+        rows = self.progress[req_id].cursor.upcoming.num_rows
+        output.num_scheduled_tokens[req_id] = rows
+        output.total_num_scheduled_tokens -= granted - rows
+        self.requests[req_id].num_in_flight_tokens -= granted - rows
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

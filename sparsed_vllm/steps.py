@@ -76,6 +76,11 @@ class Step(NamedTuple):
     may_hand_out: bool
     is_last: bool
 
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence: prompt and canvas, as far as it has grown."""
+        return self.first_row + self.num_rows - self.num_chosen
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,8 +100,17 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and canvas."""
+        """Tokens of prompt and whole canvas."""
         return self.prompt_len + self.params.num_tokens
+
+    def length_at(self, step: int) -> int:
+        """Tokens of the sequence at a step."""
+        if not self.params.variable_length:
+            return self.length
+        return self.prompt_len + self._block_at(step).end
+
+    def _block_at(self, step: int) -> Block:
+        return self.blocks[bisect_right(self.first_steps, step) - 1]
 
     @property
     def pace_is_known(self) -> bool:
@@ -172,15 +186,14 @@ class Plan:
         A light step computes the canvas from the block on that the step before worked at: its last
         places were filled after their keys and values had been computed.
         """
-        reuse = self.reuse
+        reuse, length = self.reuse, self.length_at(step)
         if reuse is None or step == 0 or (reuse.refresh and step % reuse.refresh == 0):
-            return Source.FRESH, 0, 0, self.length
-        before = self.blocks[bisect_right(self.first_steps, step - 1) - 1]
-        first = self.prompt_len + before.start - self.shift
+            return Source.FRESH, 0, 0, length
+        first = self.prompt_len + self._block_at(step - 1).start - self.shift
         if self.sparsity is not None:
             first -= first % self.sparsity.block_size  # rows of tables are of whole blocks
         chosen = math.ceil(reuse.share * first) if step % reuse.every == 0 else 0
-        return Source.PAGES, first, chosen, self.length - first + chosen
+        return Source.PAGES, first, chosen, length - first + chosen
 
     def phase_of(self, step: int) -> Phase:
         """How `step` attends."""

@@ -186,6 +186,24 @@ def test_a_threshold_hands_out_blocks_as_they_fill(networks):
     assert len([chunk for chunk in chunks if chunk]) == 3
 
 
+@pytest.mark.parametrize("final", [0, 16])
+@pytest.mark.parametrize(("family", "extra"), [(LLADA, {}), (DREAM, {"alg": "entropy"})], ids=named)
+def test_a_canvas_of_variable_length_grows_block_by_block(networks, family, extra, final):
+    def generate(prompt, length, steps):
+        if family is LLADA:
+            sizes = {"gen_length": length, "block_length": length, "mask_id": LLADA_MASK_ID}
+            return oracle.llada_generate(networks[LLADA], prompt, steps=steps, **sizes)
+        sizes = {"max_new_tokens": length, "mask_id": DREAM_MASK_ID}
+        return oracle.dream_generate(networks[DREAM], prompt, steps=steps, **sizes, **extra)
+
+    expected = oracle.var_generate(generate, PROMPT, gen_length=24, block_length=8, steps=4)
+    assert not expected.met_a_tie()
+    request = {"steps": 12, "block_length": 8, "variable_length": 1, **extra}
+    chunks = run(family, networks, final=expected.ids[:final], **request)
+    assert expected.ids[:final] + flat(chunks) == expected.ids
+    assert flat(run(family, networks, **{**request, "variable_length": 0})) != expected.ids
+
+
 @pytest.mark.parametrize(
     ("family", "extra"),
     [

@@ -173,6 +173,14 @@ def test_min_tokens_is_at_most_max_tokens():
     assert parse(stop_tokens={5, 3}).stop_tokens == ()
 
 
+def test_a_canvas_of_variable_length_grows_by_blocks_of_illada_s_size_unless_it_says():
+    assert parse(variable_length=1, max_tokens=100).block_length == 32
+    assert parse(variable_length=1, max_tokens=8).block_length == 8
+    assert parse(variable_length=1, block_length=16).block_length == 16
+    assert parse(variable_length=0, max_tokens=100).block_length == 100
+    assert refusal(variable_length=1, threshold=0.9).field == "variable_length"
+
+
 def test_early_stop_contradicts_ignore_eos():
     assert refusal(early_stop=1, ignore_eos=True).field == "early_stop"
     assert parse(early_stop=0, ignore_eos=True).early_stop is False

@@ -111,6 +111,8 @@ PLANS = [
     (DenoisingParams(24, 12, 24, "low_confidence"), Sparsity(0.2, 0.3, 16), Reuse(0.5)),
     (DenoisingParams(24, 6, 8, "low_confidence", threshold=0.5), None, Reuse(0, 1, 4)),
     (DenoisingParams(24, 24, 8, "origin"), None, Reuse(0.9999, 1, 3)),
+    (DenoisingParams(24, 9, 5, "low_confidence", variable_length=True), None, None),
+    (DenoisingParams(24, 12, 8, "origin", variable_length=True), None, Reuse(0.2)),
 ]
 
 
@@ -123,7 +125,9 @@ def test_a_plan_s_steps_add_up(params, sparsity, reuse):
     plan = plan_of(params, sparsity, reuse)
     steps = [plan.at(i) for i in range(plan.num_steps)]
     assert [step.is_last for step in steps] == [False] * (len(steps) - 1) + [True]
-    assert {step.num_rows for step in steps if step.source is Source.FRESH} == {31}
+    ends = [step.block.end if params.variable_length else 24 for step in steps]
+    assert [step.length for step in steps] == [7 + end for end in ends]
+    assert all(step.num_rows == step.length for step in steps if step.source is Source.FRESH)
     assert (Source.PAGES in {step.source for step in steps}) == (reuse is not None)
     assert steps[-1].may_hand_out
     if plan.pace_is_known:

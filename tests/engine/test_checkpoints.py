@@ -89,6 +89,15 @@ def runs_of(network, mask_id):
     ]
 
 
+def growing_runs_of(network, mask_id):
+    def generate(prompt, length, steps):
+        sizes = {"gen_length": length, "block_length": length, "mask_id": mask_id}
+        return oracle.llada_generate(network, prompt, steps=steps, **sizes)
+
+    sizes = {"gen_length": 16, "block_length": 4, "steps": 2}
+    return [oracle.var_generate(generate, prompt, **sizes) for prompt in PROMPTS]
+
+
 def sparse_runs_of(network, mask_id):
     sizes = {"steps": 8, "gen_length": 16, "block_length": 16, "mask_id": mask_id}
     sparsity = Sparsity(block_size=16)
@@ -153,6 +162,8 @@ def test_illada_generates_as_its_authors_code(tmp_path, tie):
     llm, network = start(path), oracle.load_illada(path)
     assert_same(tokens_of(llm), runs_of(network, ILLADA_MASK_ID))
     assert_same(tokens_of(llm, **SPARSE), sparse_runs_of(network, ILLADA_MASK_ID))
+    growing = tokens_of(llm, variable_length=1, block_length=4)
+    assert_same(growing, growing_runs_of(network, ILLADA_MASK_ID))
 
 
 def test_llada_moe_generates_as_its_authors_code(tmp_path):

@@ -20,6 +20,7 @@ STYLES = [
     {"steps": 8, "use_sparsed": 1, "sparsed_block_size": 16},
     {"threshold": 0.05, "use_sparsed": 1, "sparsed_skip": 0},
     {"early_stop": 0, "block_length": 3},
+    {"variable_length": 1, "block_length": 4},
 ]
 
 

@@ -141,6 +141,14 @@ def test_places_before_the_first_that_is_computed_are_not_written():
     assert (ids[:, :60] == POISON).all() and (ids[:, 60:] != POISON).all()
 
 
+def test_places_that_a_canvas_has_yet_to_grow_by_are_not_written():
+    case = make_case(3, NUM_TOKENS=100, FIRST_PLACE=0)
+    case.host[c.NUM_SEEN] = 60
+    ids, _ = check_write(case)
+    ids = ids[: case.host.shape[1] * 100].view(-1, 100)
+    assert (ids[:, :60] != POISON).all() and (ids[:, 60:] == POISON).all()
+
+
 POLICIES = {
     "by rank": {"NUM_FILLED": 5, "THRESHOLD": INF, "SHARE": 0, "ALG_TEMP": 0, "BY_CHANCE": 0},
     "random": {"NUM_FILLED": 5, "THRESHOLD": INF, "SHARE": 0, "ALG_TEMP": 0, "BY_CHANCE": 1},

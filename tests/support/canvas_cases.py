@@ -77,6 +77,10 @@ def make_case(seed, num_reqs=7, longest=700, block_lengths=(1, 7, 64, 300, 700),
         host[column] = values
     for name, value in columns.items():
         host[getattr(c, name)] = value
+    host[c.NUM_SEEN] = host[c.NUM_TOKENS]
+    if "NUM_TOKENS" not in columns:  # some have yet to grow
+        grown = np.maximum(host[c.FIRST_PLACE] + 1, num_tokens // 2)
+        host[c.NUM_SEEN, ::2] = grown[::2]
     host[c.CANVAS_ROW] = np.cumsum(host[c.NUM_TOKENS]) - host[c.NUM_TOKENS]
     order = draw.permutation(num_reqs)
     host[c.ROW_START, order] = np.cumsum(host[c.NUM_OPEN, order]) - host[c.NUM_OPEN, order]

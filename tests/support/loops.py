@@ -49,9 +49,11 @@ class Loop:
 
     @property
     def tokens(self):
-        """What the model sees of the canvas, int64 [num_tokens]."""
-        ids = torch.zeros(self.plan.length, dtype=torch.int32, device=self.canvases.device)
-        self.canvases.write_ids(self._open().canvas, ids, self.mask)
+        """What the model sees of the canvas, int64 [num_tokens], less where it has to grow."""
+        batch = self._open()
+        length = batch.steps[0].length
+        ids = torch.zeros(length, dtype=torch.int32, device=self.canvases.device)
+        self.canvases.write_ids(batch.canvas, ids, self.mask)
         return ids[self.plan.prompt_len :].long()
 
     def _open(self):

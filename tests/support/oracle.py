@@ -8,6 +8,8 @@ Networks and loops are written after the authors' published code, for temperatur
   LLaDA-MoE  modeling_lladamoe.py (inclusionAI/LLaDA-MoE-7B-A1B-Base); LLaDA's loop
   Dream      modeling_dream.py, generation_utils.py (github.com/DreamLM/Dream; arXiv 2508.15487)
   threshold  llada/generate.py (github.com/NVlabs/Fast-dLLM; arXiv 2505.22618)
+  variable_length  var_generate() of ML-GSAI/LLaDA's generate.py as of iLLaDA's evaluation, without
+             its push towards </think>
   YaRN       arXiv 2309.00071, sections 3.2 to 3.4;  Llama 3.1's scaling: arXiv 2407.21783
 The differences, all of them the server's rules:
   the mask token is never predicted and the prompt never changed (forbid_mask=False: as theirs);
@@ -314,6 +316,30 @@ def llada_generate(
             guess = canvas.guess(logits_fn(canvas.ids)[0], end)
             canvas.place_best(guess, count)
     return canvas.run()
+
+
+def var_generate(
+    generate: Callable[..., Run],
+    prompt: Sequence[int],
+    *,
+    gen_length: int,
+    block_length: int,
+    steps: int,
+    stop_ids: Sequence[int] = (),
+) -> Run:
+    """iLLaDA's var_generate(): block after block, each behind what came before, up to a stop.
+
+    generate(prompt, gen_length, steps): denoises one block;  steps: of each block
+    """
+    runs: list[Run] = []
+    ids: list[int] = []
+    while len(ids) < gen_length and not set(stop_ids) & set(ids):
+        length = min(block_length, gen_length - len(ids))
+        runs.append(generate([*prompt, *ids], length, steps))
+        ids += runs[-1].ids
+    logprobs = [value for run in runs for value in run.logprobs]
+    forwards, closest = sum(run.forwards for run in runs), min(run.closest for run in runs)
+    return Run(ids, forwards, closest, logprobs)
 
 
 def dream_generate(

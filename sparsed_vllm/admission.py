@@ -85,8 +85,9 @@ class RequestReader:
         denoising = self._denoising(params, extra_args)
         length = prompt_len + denoising.num_tokens
         sparsity = choose_sparsity(self.sparse_config, extra_args, length)
-        if denoising.variable_length:
-            sparsity = _without_tables(sparsity, extra_args)
+        if denoising.variable_length and sparsity is not None:
+            _refuse_tables(extra_args)
+            sparsity = None
         plan = Plan(denoising, sparsity, prompt_len, shift=int(self.family.shifts_logits))
         if sparsity is not None:
             self._check_table(sparsity, length)
@@ -147,10 +148,10 @@ class RequestReader:
             )
 
 
-def _without_tables(sparsity: Sparsity | None, extra_args: Mapping[str, object]) -> None:
+def _refuse_tables(extra_args: Mapping[str, object]) -> None:
     """A table, recorded once, has no rows for blocks to come. Raises BadRequest if one is asked."""
     for name in REQUEST_FIELDS:
-        if sparsity is not None and name in extra_args:
+        if name in extra_args:
             raise BadRequest(
                 name,
                 extra_args[name],

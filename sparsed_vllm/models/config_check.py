@@ -7,7 +7,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from sparsed_vllm.models.configuration import DenoisingConfig
-from sparsed_vllm.models.registry import FOREIGN, MODELS
+from sparsed_vllm.models.registry import FOREIGN, MODELS, find_class
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -21,6 +21,7 @@ _VLLM_S_KEYS = frozenset(
         "eos_token_id",
         "head_dim",
         "model_type",
+        "original_max_position_embeddings",  # which transformers puts into rope_parameters
         "pad_token_id",
         "quantization_config",
         "torch_dtype",
@@ -44,11 +45,12 @@ def check_config(model: ModelConfig) -> None:
         foreign = FOREIGN.get(model.architecture)
         known = f"{model.architecture} is no model of sparsed-vllm, which has {', '.join(MODELS)}"
         raise ValueError(foreign.refusal() if foreign else f"{known}.")
-    config = model.hf_config
-    if not isinstance(config, DenoisingConfig):
+    config, expected = model.hf_config, find_class(MODELS[model.architecture].config)
+    if type(config) is not expected or config.model_type != expected.model_type:
         raise ValueError(
-            f"{model.architecture} needs sparsed-vllm's reading of config.json, got "
-            f"{type(config).__name__}: leave out model_type in --hf-overrides."
+            f"{model.architecture} needs the {expected.__name__} of sparsed-vllm (model_type "
+            f"{expected.model_type}), got {type(config).__name__} ({config.model_type}): leave "
+            "model_type and architectures out of --hf-overrides, and write them into config.json."
         )
     _refuse_overrides(model, config)
     if refusals := list(config.refusals()):
@@ -67,6 +69,10 @@ def _refuse_overrides(model: ModelConfig, config: DenoisingConfig) -> None:
         return
     known = (config.known_keys() | _OVERRIDABLE) - _READ_FROM_FILES
     for key in model.hf_overrides:
+        if settled := config.settled.get(key):
+            raise ValueError(
+                f"--hf-overrides sets {key}, which is read from config.json only: set {settled}."
+            )
         if key not in known:
             raise ValueError(
                 f"--hf-overrides sets {key}, which changes nothing for {model.architecture}. It "

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from sparsed_vllm.models.registry import FOREIGN, MODELS, ModelSpec, find_class
 from sparsed_vllm.models.rotary import ORIGINAL, is_positive, one_rotary, standard_rotary
+from sparsed_vllm.models.weights_format import check_format
 
 _SIZES = (
     "hidden_size",
@@ -46,6 +47,8 @@ class DenoisingConfig(PretrainedConfig):
     honoured: ClassVar[dict[str, Any]] = {}  # key -> default of the model's own class
     computed: ClassVar[dict[str, Computed]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
+    own_sizes: ClassVar[tuple[str, ...]] = ()  # keys of counts that not every model has
+    settled: ClassVar[dict[str, str]] = {}  # key of the file that settles another -> that one
 
     if TYPE_CHECKING:  # to transformers, an annotation makes a field
 
@@ -80,7 +83,21 @@ class DenoisingConfig(PretrainedConfig):
                 raise ValueError(FOREIGN[architecture].refusal())
             if architecture in MODELS:
                 named = find_class(MODELS[architecture].config)
-        return super(DenoisingConfig, named).from_dict(config_dict, **kwargs)
+        check_format(config_dict)
+        found = super(DenoisingConfig, named).from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config._check_sizes("config.json")
+        return found
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Take overrides (vLLM's hf_overrides). Raises ValueError for sizes that are none."""
+        super().update(config_dict)
+        self._check_sizes("config.json with --hf-overrides")
+
+    def _check_sizes(self, source: str) -> None:
+        """vLLM computes with sizes before it asks what we refuse."""
+        if wrong := list(self._wrong_sizes()):
+            raise ValueError(f"{source} is not served: {'; '.join(wrong)}.")
 
     @classmethod
     def spec(cls) -> ModelSpec:
@@ -145,12 +162,16 @@ class DenoisingConfig(PretrainedConfig):
 
     def refusals(self) -> Iterator[str]:
         """What this configuration asks for and the network does not compute, key by key."""
+        if getattr(self, "quantization", None):
+            yield "quantization must be absent: vLLM does not read MLX's tensors"
+        if wrong := list(self._wrong_sizes()):
+            yield from wrong
+            return
         for key, computed in self.computed.items():
             value = getattr(self, key)
             if value not in computed.served:
                 allowed = " or ".join(repr(served) for served in computed.served)
                 yield f"{key} must be {allowed}, got {value!r}: {computed.otherwise}"
-        yield from self._wrong_sizes()
         yield from self._wrong_numbers()
         mask, vocab_size = self.mask_token_id, self.vocab_size
         if not (_is_integer(mask) and 0 <= mask < vocab_size):
@@ -179,7 +200,8 @@ class DenoisingConfig(PretrainedConfig):
         return named
 
     def _wrong_sizes(self) -> Iterator[str]:
-        wrong = [name for name in _SIZES if not _is_integer(getattr(self, name), at_least=1)]
+        sizes = (*_SIZES, *self.own_sizes)
+        wrong = [name for name in sizes if not _is_integer(getattr(self, name), at_least=1)]
         for name in wrong:
             key = self.attribute_map.get(name, name)
             yield f"{key} must be an integer over 0, got {getattr(self, key)!r}"
@@ -206,8 +228,31 @@ class DenoisingConfig(PretrainedConfig):
                 yield f"{key} must be true or false, got {getattr(self, key)!r}"
         if not all(_is_integer(token) for token in _tokens(getattr(self, "eos_token_id", None))):
             yield f"eos_token_id must be a token or a list of tokens, got {self.eos_token_id!r}"
-        if "mrope_section" in self.rope_parameters:
-            yield "rope_parameters must have no mrope_section: these models see text only"
+        yield from self._wrong_rotary()
+
+    def _wrong_rotary(self) -> Iterator[str]:
+        """What of the rotary embedding depends on other keys."""
+        rope = self.rope_parameters
+        turned = rope.get("partial_rotary_factor", 1)
+        if turned > 1 or (turned != 1 and "partial_rotary_factor" not in self.honoured):
+            yield f"partial_rotary_factor must be 1, got {turned!r}: heads are rotated whole"
+        pairs, odd = divmod(int(self.hidden_size // self.num_attention_heads * turned), 2)
+        if odd:
+            yield f"partial_rotary_factor must leave pairs of dimensions to rotate, got {turned!r}"
+        if rope["rope_type"] != "longrope":
+            return
+        for key in ("short_factor", "long_factor"):
+            factors = rope[key]
+            if not (isinstance(factors, list) and len(factors) == pairs):
+                yield f"rope_scaling's {key} must be a list of {pairs} numbers, got {factors!r}"
+            elif not all(map(is_positive, factors)):
+                yield f"rope_scaling's {key} must hold numbers over 0, got {factors!r}"
+        stretch = self.max_position_embeddings / rope[ORIGINAL]
+        if rope.get("factor", stretch) != stretch:
+            yield (
+                f"rope_scaling's factor must be absent or {stretch:g} (the length over the "
+                f"original one), got {rope['factor']!r}"
+            )
 
 
 def _is_integer(value: Any, at_least: int | None = None) -> bool:

@@ -34,6 +34,7 @@ class DreamConfig(DenoisingConfig):
             False, (False,), "every place sees every other; the layers have no windows"
         ),
         "mlp_bias": Computed(False, (False,), "the feed-forward has no biases"),
+        "use_mrope": Computed(False, (False,), "positions are counted along the text alone"),
     }
     harmless = frozenset(
         {
@@ -45,7 +46,9 @@ class DreamConfig(DenoisingConfig):
     )
 
     def derived(self) -> dict[str, Any]:
-        kv_heads = self.num_key_value_heads
+        kv_heads, kinds = self.num_key_value_heads, self.layer_types
+        if not isinstance(kinds, list | None):  # transformers looks into it
+            raise ValueError(f"layer_types must be a list or null, got {kinds!r}.")
         return {
             "num_key_value_heads": self.num_attention_heads if kv_heads is None else kv_heads,
             # As Qwen2 reads it: a size that is not in use.

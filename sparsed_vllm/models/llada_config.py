@@ -59,6 +59,7 @@ class LLaDAConfig(DenoisingConfig):
             "attention_layer_norm_with_affine",  # of attention_layer_norm
             "rope_full_precision",  # rounding in 16 bits, where vLLM's kernels decide
             "flash_attention",
+            "train_max_sequence_length",
             "attention_dropout",
             "residual_dropout",
             "embedding_dropout",
@@ -71,14 +72,30 @@ class LLaDAConfig(DenoisingConfig):
         }
     )
 
+    settled = {"embedding_size": "vocab_size", "mlp_ratio": "mlp_hidden_size"}  # noqa: RUF012
+
     def derived(self) -> dict[str, Any]:
-        kv_heads, inner, ratio = self.n_kv_heads, self.mlp_hidden_size, self.mlp_ratio
+        kv_heads = self.n_kv_heads
         return {
             "n_kv_heads": self._default_kv_heads if kv_heads is None else kv_heads,
-            "mlp_hidden_size": ratio * self.d_model if inner is None and ratio else inner,
-            # The embedding's rows, which the authors may pad beyond the tokens in use.
-            "vocab_size": self.embedding_size or self.vocab_size,
+            "mlp_hidden_size": self._inner_size(),
+            "vocab_size": self._num_rows(),
         }
+
+    def _inner_size(self) -> Any:
+        inner, ratio, outer = self.mlp_hidden_size, self.mlp_ratio, self.d_model
+        if inner is not None or not ratio or outer is None:
+            return inner
+        if not isinstance(ratio, int):
+            raise ValueError(f"mlp_ratio must be an integer over 0, got {ratio!r}.")
+        return ratio * outer
+
+    def _num_rows(self) -> Any:
+        """The embedding's rows, which the authors may pad beyond the tokens in use."""
+        rows, tokens = self.embedding_size or self.vocab_size, self.vocab_size
+        if isinstance(rows, int) and isinstance(tokens, int) and rows < tokens:
+            raise ValueError(f"embedding_size must be at least {tokens} (vocab_size), got {rows}.")
+        return rows
 
     @property
     def _default_kv_heads(self) -> Any:

@@ -2,20 +2,39 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The rotary embedding's keys of config.json, in the one form that vLLM reads."""
 
+import math
 from typing import Any
 
-_ROPES: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "ntk": frozenset({"factor"}),
-    "dynamic": frozenset({"factor"}),
-    "yarn": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
-    "longrope": frozenset({"short_factor", "long_factor"}),
-}
-"""vLLM's scalings of the rotary embedding of text -> what they need."""
-
 ORIGINAL = "original_max_position_embeddings"
+
+_ROPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), (ORIGINAL,)),
+    "ntk": (("factor",), ("mixed_b",)),
+    "dynamic": (("factor",), ("max_trained_positions",)),
+    "yarn": (
+        ("factor",),
+        (
+            ORIGINAL,
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "finetuned",  # whether the weights were trained with it
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        (ORIGINAL, "factor", "short_mscale", "long_mscale"),
+    ),
+}
+"""vLLM's scalings of the rotary embedding of text -> what they need, and what they read besides."""
+
+_OF_ANY_TYPE = ("rope_type", "rope_theta", "partial_rotary_factor")
+_NO_NUMBERS = ("rope_type", "rope_theta", "finetuned", "truncate", "short_factor", "long_factor")
 _BY_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
 """Scalings that start from the length that the model was trained for."""
 
@@ -28,6 +47,8 @@ def one_rotary(given: dict[str, Any], default_theta: float | None) -> dict[str, 
     rope = standard_rotary(scaling or parameters, None)
     if rope["rope_theta"] is None:
         del rope["rope_theta"]
+    if "rope_theta" in given:
+        default_theta = None  # null is no base; only silence means the default
     theta = given.pop("rope_theta", None)
     if theta is not None and rope.setdefault("rope_theta", theta) != theta:
         raise ValueError(
@@ -47,24 +68,72 @@ def standard_rotary(
     """
     if not isinstance(rope or {}, dict):
         raise ValueError(f"rope_scaling must be a mapping or null, got {rope!r}.")
-    rope = dict(rope or {})
-    if "rope_type" not in rope:
-        rope["rope_type"] = rope.pop("type", "default")
-    if rope["rope_type"] == "su":
-        rope["rope_type"] = "longrope"
-    needed = _ROPES.get(rope["rope_type"])
-    if needed is None:
-        kinds = ", ".join(_ROPES)
-        raise ValueError(f"rope_type must be one of {kinds}, got {rope['rope_type']!r}.")
-    if missing := sorted(needed - rope.keys()):
-        raise ValueError(f"A rope_type {rope['rope_type']} needs {', '.join(missing)}.")
-    for key in ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL):
-        if not is_positive(rope.get(key, 1)):
-            raise ValueError(f"rope_scaling's {key} must be a number over 0, got {rope[key]!r}.")
-    if rope["rope_type"] in _BY_ORIGINAL_LENGTH and length is not None:
+    rope = {key: value for key, value in _of_all_layers(rope or {}).items() if value is not None}
+    kind = rope["rope_type"] = _type_of(rope)
+    if kind == "default" and rope.get("factor") == 1:
+        del rope["factor"]
+    _check_keys(rope)
+    _check_values(rope)
+    if kind in _BY_ORIGINAL_LENGTH and length is not None:
         rope.setdefault(ORIGINAL, length)
     return {"rope_theta": theta, **rope}
 
 
 def is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """Whether it is a number over 0, and finite: JSON's readers know Infinity and NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value > 0 and math.isfinite(value)
+
+
+def _of_all_layers(rope: dict[str, Any]) -> dict[str, Any]:
+    """What transformers may keep by kinds of layers, of which our models have one."""
+    kinds = [key for key, value in rope.items() if isinstance(value, dict)]
+    if kinds == ["full_attention"] == list(rope):
+        whole: dict[str, Any] = rope["full_attention"]
+        return whole
+    if kinds:
+        raise ValueError(
+            f"rope_parameters has {', '.join(kinds)}: these models have layers of one kind, "
+            "full_attention. Leave it alone, or without a name."
+        )
+    return rope
+
+
+def _type_of(rope: dict[str, Any]) -> Any:
+    """Take its type, under any of its names, out of `rope`."""
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
+    kinds = ["longrope" if kind == "su" else kind for kind in kinds] or ["default"]
+    if kinds[0] != kinds[-1]:
+        raise ValueError(f"rope_scaling has rope_type: {kinds[0]!r} and type: {kinds[1]!r}.")
+    return kinds[0]
+
+
+def _check_keys(rope: dict[str, Any]) -> None:
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in _ROPES:
+        raise ValueError(f"rope_type must be one of {', '.join(_ROPES)}, got {kind!r}.")
+    needed, read = _ROPES[kind]
+    if kind == "dynamic" and "alpha" in rope:
+        needed = ("alpha",)
+    if missing := [key for key in needed if key not in rope]:
+        raise ValueError(f"A rope_type {kind} needs {', '.join(missing)}.")
+    if unused := [key for key in rope if key not in (*_OF_ANY_TYPE, *needed, *read)]:
+        raise ValueError(
+            f"rope_scaling has {', '.join(unused)}, which a rope_type {kind} does not use: it "
+            f"reads {', '.join((*needed, *read)) or 'rope_theta'}."
+        )
+
+
+def _check_values(rope: dict[str, Any]) -> None:
+    for key, value in rope.items():
+        if key not in _NO_NUMBERS and not is_positive(value):
+            raise ValueError(f"rope_scaling's {key} must be a number over 0, got {value!r}.")
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling's low_freq_factor must be below high_freq_factor, got "
+            f"{rope['low_freq_factor']} and {rope['high_freq_factor']}."
+        )
+    if not isinstance(rope.get("truncate", True), bool):
+        raise ValueError(
+            f"rope_scaling's truncate must be true or false, got {rope['truncate']!r}."
+        )

@@ -3,6 +3,7 @@
 """Every key of the authors' configuration classes is honoured, refused or known as harmless."""
 
 import json
+import math
 
 import pytest
 from checkpoints import write_dream, write_illada, write_llada, write_llada_moe
@@ -20,7 +21,7 @@ WRITERS = {
     "DreamModel": write_dream,
 }
 AUTHORS_KEYS = {
-    # ModelConfig in configuration_llada.py, and what LLaDAConfig adds
+    # ModelConfig in configuration_llada.py, and what LLaDAConfig and d3LLM add
     "LLaDAModelLM": """
         d_model n_heads n_kv_heads n_layers mlp_ratio mlp_hidden_size activation_type block_type
         block_group_size alibi alibi_bias_max rope rope_full_precision flash_attention
@@ -29,7 +30,7 @@ AUTHORS_KEYS = {
         attention_layer_norm_with_affine max_sequence_length rope_theta include_qkv_bias
         include_bias bias_for_layer_norm scale_logits vocab_size embedding_size weight_tying
         eos_token_id pad_token_id mask_token_id init_device init_fn init_std init_cutoff_factor
-        precision use_cache
+        precision use_cache train_max_sequence_length
     """,
     # what modeling_illada.py reads
     "ILLaDAForCausalLM": """
@@ -54,8 +55,14 @@ AUTHORS_KEYS = {
         vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
         num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps
         use_cache tie_word_embeddings rope_theta rope_scaling use_sliding_window sliding_window
-        max_window_layers attention_dropout mask_token_id pad_token_id
-    """,
+        max_window_layers attention_dropout mask_token_id pad_token_id use_mrope
+    """,  # use_mrope: DiffuCoder's
+}
+SU = {
+    "type": "su",
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 256,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -142,7 +149,14 @@ def test_a_value_that_is_not_computed_is_refused_by_its_key(tmp_path, architectu
         (write_illada, {"rope_theta": ...}, "rope_theta must be a number over 0, got None"),
         (write_illada, {"rms_norm_eps": ...}, "rms_norm_eps must be a number over 0, got None"),
         (write_llada_moe, {"moe_layer_freq": [1, 0]}, "moe_layer_freq must be 1 throughout"),
-        (write_llada_moe, {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer"),
+        (write_dream, {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+        (write_llada, {"rotary_pct": 0.25}, "partial_rotary_factor must be 1, got 0.25"),
+        (write_llada_moe, {"partial_rotary_factor": 0.3}, "must leave pairs of dimensions"),
+        (write_llada, {"rms_norm_eps": math.inf}, "rms_norm_eps must be a number over 0, got inf"),
+        (write_dream, {"rope_theta": None}, "rope_theta must be a number over 0, got None"),
+        (write_llada, {"quantization": {"bits": 4}}, "quantization must be absent"),
+        (write_dream, {"rope_scaling": {**SU, "short_factor": [1.0]}}, "a list of 16 numbers"),
+        (write_dream, {"rope_scaling": {**SU, "factor": 2.0}}, "factor must be absent or 4"),
     ],
     ids=named,
 )
@@ -151,6 +165,41 @@ def test_other_configurations_that_cannot_run_are_refused_by_name(
 ):
     with pytest.raises(ValueError, match=message):
         start(rewrite(write(tmp_path), **changes))
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (write_llada, {"d_model": None}, "d_model must be an integer over 0, got None"),
+        (write_dream, {"num_hidden_layers": "2"}, "num_hidden_layers must be an integer over 0"),
+        (write_illada, {"num_key_value_heads": None}, "num_key_value_heads must be an integer"),
+        (write_llada, {"mlp_hidden_size": None, "mlp_ratio": "4"}, "mlp_ratio must be an integer"),
+        (write_llada, {"embedding_size": 300}, "embedding_size must be at least 320"),
+        (write_llada_moe, {"num_experts": None}, "num_experts must be an integer over 0"),
+        (write_llada_moe, {"num_experts_per_tok": "2"}, "num_experts_per_tok must be an integer"),
+        (write_llada_moe, {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer"),
+        (write_dream, {"layer_types": 2}, "layer_types must be a list or null, got 2"),
+        (write_dream, {"torch_dtype": "float8"}, "torch_dtype must be the name of a torch.dtype"),
+        (write_dream, {"dtype": "float16"}, "dtype: 'float16' and torch_dtype: 'float32'"),
+        (write_llada, {"quantization_config": "fp8"}, "quantization_config must be a mapping"),
+        (write_llada, {"quantization_config": {"bits": 4}}, "with a quant_method, got {'bits': 4}"),
+    ],
+    ids=str,
+)
+def test_what_vllm_would_stumble_over_is_refused_as_config_json_is_read(
+    tmp_path, write, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(rewrite(write(tmp_path), **changes))
+
+
+def test_llada_moe_has_its_authors_defaults_where_they_are_of_use(tmp_path):
+    silent = ("num_key_value_heads", "qk_layernorm", "moe_layer_freq", "max_position_embeddings")
+    path = rewrite(write_llada_moe(tmp_path), **dict.fromkeys(silent, ...))
+    null = ("moe_router_enable_expert_bias", "moe_router_score_function")
+    config = start(rewrite(path, **dict.fromkeys(null))).model_config.hf_config
+    assert (config.num_key_value_heads, config.qk_norm) == (4, False)
+    assert config.max_position_embeddings == 4096
 
 
 @pytest.mark.parametrize("kv_heads", [{"n_kv_heads": 1}, {"n_kv_heads": None}])
@@ -264,6 +313,13 @@ def test_overrides_of_the_rotary_embedding_take_effect(tmp_path, write, override
         ({"alibi": True}, "alibi must be False, got True"),
         ({"mask_token_id": 9999}, "mask_token_id must be a token"),
         ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM is not served"),
+        ({"architectures": ["DreamModel"]}, "DreamModel needs the DreamConfig .*got LLaDAConfig"),
+        ({"model_type": "Dream"}, "needs the LLaDAConfig .*model_type llada.*, got .*Dream"),
+        ({"d_model": None}, "d_model must be an integer over 0, got None"),
+        ({"n_kv_heads": None}, "n_kv_heads must be an integer over 0, got None"),
+        ({"mlp_ratio": 2}, "mlp_ratio, which is read from config.json only: set mlp_hidden_size"),
+        ({"embedding_size": 640}, "embedding_size, which is read from config.json only"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor, which a rope_type default"),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from sparsed_vllm.models.configuration import DenoisingConfig
 from sparsed_vllm.models.experts import Experts
+from sparsed_vllm.models.quantized import QuantizedTensors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,14 +36,20 @@ def load_checkpoint(
 ) -> set[str]:
     """Load `weights` into `model`; returns the names of its parameters that were loaded.
 
-    vLLM's loader drops biases that no layer has, cuts tensors to the layer's size, and leaves
-    a linear layer without its tensors as it was allocated.
+    vLLM's loader drops biases that no layer has, cuts tensors to the layer's size, leaves a layer
+    without its tensors as it was allocated, and casts weights to integers.
     model: one of ours, with its `config`;  mapper: the checkpoint's names to the model's
     partial: some tensors may be missing
     Raises ValueError that names the tensors that are missing, unknown or of another shape.
     """
     reader = _Reader(model, mapper, partial)
-    loaded: set[str] = AutoWeightsLoader(model).load_weights(reader.read(weights), mapper=mapper)
+    loader = AutoWeightsLoader(model)
+    try:
+        loaded: set[str] = loader.load_weights(reader.read(weights), mapper=mapper)
+    except (AssertionError, RuntimeError) as error:
+        if reader.at is None:
+            raise
+        raise ValueError(f"Tensors do not fit config.json: {reader.at}.") from error
     reader.check()
     return loaded
 
@@ -59,31 +66,41 @@ class _Reader:
         self.renamer = mapper.get_rename_mapper()
         self.expected = _expected_shapes(model)
         self.is_tied = _is_tied(model)
-        self.quantized = _QuantizedNames(model, mapper)
+        self.quantized = QuantizedTensors(model, mapper, _quantized_parts(model))
         self.seen: set[str] = set()
+        self.at: str | None = None  # the tensor in hand; vLLM's errors do not say
         self.unknown: list[str] = []
         self.wrong: list[str] = []
 
     def read(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for file_name, tensor in weights:
-            name = self.renamer.map_name(file_name) or file_name
-            if name in self.expected:
-                self.seen.add(name)
-                if tuple(tensor.shape) == self.expected[name]:
-                    yield file_name, tensor
-                else:
-                    shape, expected = list(tensor.shape), list(self.expected[name])
-                    self.wrong.append(f"{file_name} ({shape} instead of {expected})")
-            elif name == "lm_head.weight" and self.is_tied and self.partial:
-                continue  # trainers send the tied head beside the embedding
-            elif file_name in self.quantized:
+            self.at = f"{file_name} ({list(tensor.shape)}, {tensor.dtype})"
+            if self._takes(file_name, tensor):
                 yield file_name, tensor
-            elif not _holds_nothing(name, tensor):
+            self.at = None  # what comes next is a file's fault
+
+    def _takes(self, file_name: str, tensor: Tensor) -> bool:
+        name = self.renamer.map_name(file_name) or file_name
+        if name in self.expected:
+            misfit = _misfit(tensor, self.expected[name])
+            if name in self.seen and not self.partial:
+                misfit = "a second time"
+            self.seen.add(name)
+        elif name == "lm_head.weight" and self.is_tied and self.partial:
+            return False  # trainers send the tied head beside the embedding
+        elif self.quantized.takes(file_name, name):
+            misfit = self.quantized.misfit(file_name, name, tensor)
+        else:
+            if not _holds_nothing(name, tensor):
                 self.unknown.append(file_name)
+            return False
+        if misfit:
+            self.wrong.append(f"{file_name} ({misfit})")
+        return not misfit
 
     def check(self) -> None:
-        missing = [] if self.partial else [*self.expected.keys() - self.seen]
-        if missing:
+        missing = [*(self.expected.keys() - self.seen), *self.quantized.missing]
+        if missing and not self.partial:
             names = [self._file_name(name) for name in missing]
             raise ValueError(f"The checkpoint lacks {_listed(names)}, which its config.json needs.")
         if self.unknown:
@@ -105,32 +122,6 @@ class _Reader:
         return name
 
 
-class _QuantizedNames:
-    """The checkpoint's names of what quantized layers take: packed weights, scales, zero points."""
-
-    def __init__(self, model: nn.Module, mapper: WeightsMapper) -> None:
-        self.parameters = {name for name, _ in model.named_parameters()}
-        self.parameters |= {name for name, _ in model.named_buffers()}
-        self.ignored: tuple[str, ...] = ()
-        self.mapper = mapper
-        config = getattr(model, "quant_config", None)
-        self.is_none = config is None
-        if config is not None:
-            self.mapper |= config.get_cache_scale_mapper()
-            self.mapper |= config.get_checkpoint_weight_mapper()
-            self.ignored = tuple(config._ignore_unexpected_suffixes)
-
-    def __contains__(self, name: str) -> bool:
-        if self.is_none:
-            return False
-        mapped = self.mapper.map_name(name)
-        in_experts = ".mlp.experts." in name  # vLLM's layer of experts checks its own
-        return mapped is None or mapped in self.parameters or in_experts or self._is_ignored(name)
-
-    def _is_ignored(self, name: str) -> bool:
-        return bool(self.ignored) and name.endswith(self.ignored)
-
-
 def _expected_shapes(model: nn.Module) -> Shapes:
     """Every tensor of the layers that are not quantized, whole, not this rank's part."""
     shapes: Shapes = {}
@@ -147,6 +138,20 @@ def _expected_shapes(model: nn.Module) -> Shapes:
     if _is_tied(model):
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def _quantized_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Quantized linear layers, embedding and head -> the checkpoint's layers that they are."""
+    parts: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            if not isinstance(module.quant_method, UnquantizedLinearMethod):
+                parts[name] = list(_parts(name, module))
+        elif isinstance(module, VocabParallelEmbedding):
+            is_shared = name == "lm_head" and _is_tied(model)
+            if not (is_shared or isinstance(module.quant_method, UnquantizedEmbeddingMethod)):
+                parts[name] = [name]
+    return parts
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -177,6 +182,13 @@ def _parts(name: str, linear: LinearBase) -> dict[str, int]:
         gate, up = linear.output_sizes
         return {f"{before}.gate_proj": gate, f"{before}.up_proj": up}
     return {f"{before}.{own}": linear.output_size}
+
+
+def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor of a layer that is not quantized."""
+    if tuple(tensor.shape) != shape:
+        return f"{list(tensor.shape)} instead of {list(shape)}"
+    return None if tensor.is_floating_point() else f"{tensor.dtype} where nothing is quantized"
 
 
 def _holds_nothing(name: str, tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from checkpoints import (
     write_llada_moe,
 )
 from engines import start_engine
+from quantized import quantize_int8
 from safetensors.torch import load_file, save_file
 from sparse_oracle import Sparsity, sparse_llada_generate
 from vllm import SamplingParams
@@ -223,6 +224,13 @@ LLADA_BLOCK = "model.transformer.blocks.1."
             {"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(192, 128)},
             "lacks model.layers.1.mlp.experts.7.up_proj.weight",
         ),
+        (
+            write_llada,
+            [],
+            {LLADA_BLOCK + "ff_out.weight": torch.ones(128, 192, dtype=torch.int8)},
+            r"blocks.1.ff_out.weight \(torch.int8 where nothing is quantized\)",
+        ),
+        (write_llada, [], {"lm_head.weight": torch.ones(320, 128)}, r"\(a second time\)"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],
 )
@@ -232,6 +240,42 @@ def test_a_checkpoint_that_does_not_fit_its_config_json_is_refused(
     path = edit(write(tmp_path), without=without, **extra)
     with pytest.raises(ValueError, match=message):
         start_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("without", "extra", "message"),
+    [
+        (["q_proj.weight_scale"], {}, r"lacks model.transformer.blocks.1.q_proj.weight_scale,"),
+        (["k_proj.weight"], {}, r"lacks model.transformer.blocks.1.k_proj.weight,"),
+        ([], {"ff_out.weight_zero_point": torch.zeros(128, 1)}, "holds .*weight_zero_point"),
+        ([], {"ff_out.weight": torch.ones(128, 192)}, "torch.float32 instead of torch.int8"),
+        ([], {"ff_out.weight_scale": torch.ones(64, 1)}, r"ff_out.weight_scale \(\[64, 1\]"),
+    ],
+    ids=str,
+)
+def test_a_quantized_checkpoint_without_all_its_tensors_is_refused(
+    tmp_path, without, extra, message
+):
+    path = quantize_int8(write_llada(tmp_path / "plain"), tmp_path / "int8")
+    edit(
+        path,
+        without=[LLADA_BLOCK + name for name in without],
+        **{LLADA_BLOCK + name: tensor for name, tensor in extra.items()},
+    )
+    with pytest.raises(ValueError, match=message):
+        start_engine(path, dtype="bfloat16")
+
+
+def test_weights_that_are_quantized_as_they_load_must_all_be_there(tmp_path):
+    path = edit(write_llada(tmp_path), without=[LLADA_BLOCK + "up_proj.weight"])
+    with pytest.raises(ValueError, match=r"lacks .*blocks.1.up_proj.weight"):
+        start_engine(path, dtype="bfloat16", quantization="fp8_per_channel")
+
+
+def test_files_that_hold_nothing_are_vllm_s_to_name(tmp_path):
+    (write_llada(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        start_engine(tmp_path)
 
 
 def test_a_head_beside_a_tied_embedding_is_refused(tmp_path):

@@ -630,7 +630,8 @@ def _choose_places(
 
     A request fills its NUM_FILLED surest places (with a threshold: one), where chance may stand in
     for confidence (LLaDA's `random`); every place at least THRESHOLD sure (get_transfer_index in
-    NVlabs/Fast-dLLM llada/generate.py); and each place with probability SHARE (Dream's `origin`).
+    NVlabs/Fast-dLLM llada/generate.py; by entropy, get_transfer_index_entropy in hao-ai-lab/d3LLM
+    d3llm_llada_generate_util.py); and each place with probability SHARE (Dream's `origin`).
     """
     is_open = rows.places >= 0
     scores = confidence.double()

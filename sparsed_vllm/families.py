@@ -13,6 +13,7 @@ class Family:
     policy_field: the request parameter that names the unmasking policy
     policies: its values, the authors' default first
     threshold_policy: the policy whose confidence `threshold` is compared with
+    entropy_policy: the policy that `entropy_threshold` may be named with
     own_fields: request parameters that only this family has
     truncates: whether the authors' sampler knows top_p and top_k
     shifts_logits: whether place i is predicted by the hidden state of place i - 1
@@ -22,6 +23,7 @@ class Family:
     policy_field: str
     policies: tuple[str, ...]
     threshold_policy: str
+    entropy_policy: str
     own_fields: frozenset[str]
     truncates: bool
     shifts_logits: bool
@@ -33,6 +35,7 @@ LLADA = Family(
     policy_field="remasking",
     policies=("low_confidence", "random"),
     threshold_policy="low_confidence",
+    entropy_policy="low_confidence",
     own_fields=frozenset({"remasking"}),
     truncates=False,
     shifts_logits=False,
@@ -44,6 +47,7 @@ DREAM = Family(
     policy_field="alg",
     policies=("origin", "maskgit_plus", "topk_margin", "entropy"),
     threshold_policy="maskgit_plus",
+    entropy_policy="entropy",
     own_fields=frozenset({"alg", "alg_temp", "eps"}),
     truncates=True,
     shifts_logits=True,

@@ -82,7 +82,7 @@ class Limits:
                 params.num_tokens,
                 f"at most {self.max_steps} with a threshold: each token may take a step, and "
                 "this server allows no more of them",
-                "Lower max_tokens or leave out threshold.",
+                "Lower max_tokens or leave the threshold out.",
             )
 
 

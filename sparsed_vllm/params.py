@@ -25,6 +25,8 @@ class DenoisingParams:
     block_length: places denoised together; blocks follow each other left to right
     policy: which masked places a step fills (one of the family's policies)
     threshold: if set, a step fills every place at least this sure, and the surest one
+    by_entropy: what `threshold` is compared with: a place's entropy, negated, in nats, or (False)
+        the token's probability
     temperature, top_p, top_k: how a token is drawn (0: the most likely one)
     alg_temp: Dream's randomness in the choice of places (0: none)
     eps: Dream's last timestep
@@ -39,6 +41,7 @@ class DenoisingParams:
     block_length: int
     policy: str
     threshold: float | None = None
+    by_entropy: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -169,6 +172,12 @@ def request_fields(
             "a number in (0, 1]",
             "Leave it out to let steps set the pace.",
         ),
+        "entropy_threshold": Field(
+            number,
+            lambda nats: 0 <= nats <= 100,
+            "a number in [0, 100]",
+            "Leave it out to let steps set the pace.",
+        ),
         "early_stop": Field(
             flag,
             lambda _: True,
@@ -247,8 +256,9 @@ def parse_params(
             f"at least {num_blocks}, one for each block of {block_length} places",
             "Raise steps or block_length.",
         )
-    if variable_length and "threshold" in given:
-        allowed = "0 or absent when threshold is set"
+    threshold, by_entropy = _threshold(given)
+    if variable_length and threshold is not None:
+        allowed = "0 or absent when a threshold is set"
         why = "When a threshold ends a block, only the device knows; set steps in its place."
         raise BadRequest("variable_length", 1, allowed, why)
     if ignore_eos and given.get("early_stop"):
@@ -260,7 +270,8 @@ def parse_params(
         steps=steps,
         block_length=block_length,
         policy=_policy(family, given),
-        threshold=given.get("threshold"),
+        threshold=threshold,
+        by_entropy=by_entropy,
         temperature=temperature,
         top_p=top_p,
         top_k=max(top_k, 0),
@@ -306,23 +317,36 @@ def _check_sampling(family: Family, temperature: float, top_p: float, top_k: int
         raise BadRequest("top_k", top_k, f"0 or -1 for a {family.name} model", why)
 
 
+def _threshold(given: Mapping[str, Any]) -> tuple[float | None, bool]:
+    """The sureness from which places are filled, and whether it is a negated entropy."""
+    if "entropy_threshold" not in given:
+        return given.get("threshold"), False
+    if "threshold" in given:
+        allowed = "absent when entropy_threshold is set"
+        raise BadRequest("threshold", given["threshold"], allowed, "Drop one of the two.")
+    return -given["entropy_threshold"], True
+
+
 def _policy(family: Family, given: Mapping[str, Any]) -> str:
-    if "threshold" not in given:
+    names = {"threshold": family.threshold_policy, "entropy_threshold": family.entropy_policy}
+    measures = {"threshold": "the probability of the chosen token", "entropy_threshold": "entropy"}
+    field = next((field for field in names if field in given), None)
+    if field is None:
         policy: str = given.get(family.policy_field, family.policies[0])
         return policy
-    policy = given.get(family.policy_field, family.threshold_policy)
-    if policy != family.threshold_policy:
+    policy = given.get(family.policy_field, names[field])
+    if policy != names[field]:
         raise BadRequest(
             family.policy_field,
             policy,
-            f"{family.threshold_policy} or absent when threshold is set",
-            "threshold compares the probability of the chosen token.",
+            f"{names[field]} or absent when {field} is set",
+            f"{field} compares {measures[field]}.",
         )
     if given.get("alg_temp"):
         raise BadRequest(
             "alg_temp",
             given["alg_temp"],
-            "0 or absent when threshold is set",
-            "threshold leaves nothing to draw.",
+            f"0 or absent when {field} is set",
+            f"{field} leaves nothing to draw.",
         )
     return policy

@@ -21,7 +21,8 @@ def choice_of(params: DenoisingParams) -> Choice:
         tempered, top_p, top_k = False, 1.0, 0
     else:
         tempered, top_p, top_k = True, params.top_p, params.top_k
-    confidence = _CONFIDENCES.get(params.policy, "probability")
+    policy = "entropy" if params.by_entropy else params.policy
+    confidence = _CONFIDENCES.get(policy, "probability")
     return Choice(params.temperature, tempered, top_p, top_k, confidence)
 
 

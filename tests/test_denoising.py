@@ -186,6 +186,23 @@ def test_a_threshold_hands_out_blocks_as_they_fill(networks):
     assert len([chunk for chunk in chunks if chunk]) == 3
 
 
+@pytest.mark.parametrize("nats", [0.0, 4.0, 4.8])
+@pytest.mark.parametrize("family", [LLADA, DREAM], ids=named)
+def test_a_threshold_may_be_an_entropy(networks, family, nats):
+    sizes = {"steps": 24, "block_length": 8, "entropy_threshold": nats}
+    if family is LLADA:
+        sizes |= {"gen_length": 24, "mask_id": LLADA_MASK_ID}
+        expected = oracle.llada_generate(networks[LLADA], PROMPT, **sizes)
+    else:
+        sizes |= {"max_new_tokens": 24, "alg": "entropy", "mask_id": DREAM_MASK_ID}
+        expected = oracle.dream_generate(networks[DREAM], PROMPT, **sizes)
+    assert not expected.met_a_tie()
+    chunks = run(family, networks, entropy_threshold=nats, block_length=8)
+    assert flat(chunks) == expected.ids
+    assert len([chunk for chunk in chunks if chunk]) == 3
+    assert (expected.forwards == 24) == (nats == 0)
+
+
 @pytest.mark.parametrize("final", [0, 16])
 @pytest.mark.parametrize(("family", "extra"), [(LLADA, {}), (DREAM, {"alg": "entropy"})], ids=named)
 def test_a_canvas_of_variable_length_grows_block_by_block(networks, family, extra, final):

@@ -173,6 +173,22 @@ def test_min_tokens_is_at_most_max_tokens():
     assert parse(stop_tokens={5, 3}).stop_tokens == ()
 
 
+def test_an_entropy_threshold_takes_the_place_of_a_threshold():
+    assert parse(entropy_threshold=0.5).threshold == -0.5
+    assert parse(DREAM, entropy_threshold=0.5).policy == "entropy"
+    assert parse(DREAM, entropy_threshold=0, alg="entropy").by_entropy
+    assert refusal(entropy_threshold=0.5, threshold=0.9).field == "threshold"
+    assert refusal(entropy_threshold=0.5, remasking="random").field == "remasking"
+    assert refusal(DREAM, entropy_threshold=0.5, alg="maskgit_plus").field == "alg"
+    assert refusal(DREAM, entropy_threshold=0.5, alg_temp=0.1).field == "alg_temp"
+    assert refusal(entropy_threshold=0.5, variable_length=1).field == "variable_length"
+
+
+@pytest.mark.parametrize("nats", [-0.1, 101, "0.5", math.nan, math.inf, True])
+def test_an_entropy_threshold_outside_its_range_is_refused(nats):
+    assert "a number in [0, 100]" in str(refusal(entropy_threshold=nats))
+
+
 def test_a_canvas_of_variable_length_grows_by_blocks_of_illada_s_size_unless_it_says():
     assert parse(variable_length=1, max_tokens=100).block_length == 32
     assert parse(variable_length=1, max_tokens=8).block_length == 8

@@ -62,7 +62,7 @@ def _of_family(family: Family) -> str:
         extra_args={},
     )
     given = {field.name: getattr(defaults, field.name) for field in fields(defaults)}
-    given |= {family.policy_field: defaults.policy, "cfg_scale": 0}
+    given |= {family.policy_field: defaults.policy, "cfg_scale": 0, "entropy_threshold": None}
     rows = _table(request_fields(family, LENGTH), given)
     return "\n".join(["", f"### {family.name}", "", *rows])
 

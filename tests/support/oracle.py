@@ -8,6 +8,8 @@ Networks and loops are written after the authors' published code, for temperatur
   LLaDA-MoE  modeling_lladamoe.py (inclusionAI/LLaDA-MoE-7B-A1B-Base); LLaDA's loop
   Dream      modeling_dream.py, generation_utils.py (github.com/DreamLM/Dream; arXiv 2508.15487)
   threshold  llada/generate.py (github.com/NVlabs/Fast-dLLM; arXiv 2505.22618)
+  entropy_threshold  d3llm_llada_generate_util.py (github.com/hao-ai-lab/d3LLM; arXiv 2601.07568),
+             one block at a time
   variable_length  var_generate() of ML-GSAI/LLaDA's generate.py as of iLLaDA's evaluation, without
              its push towards </think>
   YaRN       arXiv 2309.00071, sections 3.2 to 3.4;  Llama 3.1's scaling: arXiv 2407.21783
@@ -298,19 +300,24 @@ def llada_generate(
     block_length: int,
     mask_id: int,
     threshold: float | None = None,
+    entropy_threshold: float | None = None,
     forbid_mask: bool = True,
     min_tokens: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> Run:
     """LLaDA's generate() with remasking="low_confidence" and temperature 0.
 
-    With a threshold, Fast-dLLM's generate(): the steps of a block end when it is full.
+    With a threshold, Fast-dLLM's generate(): the steps of a block end when it is full. With an
+    entropy_threshold, d3LLM's.
     The first min_tokens places take none of stop_ids.
     """
     canvas = Canvas(prompt, gen_length, mask_id, forbid_mask, min_tokens, stop_ids)
     for start, end, block_steps in plan_blocks(len(prompt), gen_length, block_length, steps):
         if threshold is not None:
             fill_over_threshold(canvas, logits_fn, start, end, threshold)
+            continue
+        if entropy_threshold is not None:
+            fill_over_threshold(canvas, logits_fn, start, end, -entropy_threshold, "entropy")
             continue
         for count in split_evenly(canvas.count_masked(start, end), block_steps):
             guess = canvas.guess(logits_fn(canvas.ids)[0], end)
@@ -353,6 +360,7 @@ def dream_generate(
     eps: float = 1e-3,
     block_length: int | None = None,
     threshold: float | None = None,
+    entropy_threshold: float | None = None,
     forbid_mask: bool = True,
 ) -> Run:
     """Dream's diffusion_generate() with alg maskgit_plus, topk_margin or entropy, temperature 0.
@@ -365,6 +373,10 @@ def dream_generate(
         if threshold is not None:
             fill_over_threshold(canvas, shifted(logits_fn), start, end, threshold)
             continue
+        if entropy_threshold is not None:
+            rows = shifted(logits_fn)
+            fill_over_threshold(canvas, rows, start, end, -entropy_threshold, "entropy")
+            continue
         for step in range(block_steps):
             guess = canvas.guess(shifted(logits_fn)(canvas.ids)[0], end, alg)
             canvas.place_best(guess, dream_count(len(guess.places), step, block_steps, eps))
@@ -372,11 +384,16 @@ def dream_generate(
 
 
 def fill_over_threshold(
-    canvas: "Canvas", logits_fn: LogitsFn, start: int, end: int, threshold: float
+    canvas: "Canvas",
+    logits_fn: LogitsFn,
+    start: int,
+    end: int,
+    threshold: float,
+    alg: str = "maskgit_plus",
 ) -> None:
     """Fast-dLLM: place all that is as sure as the threshold, at least the surest, until full."""
     while left := canvas.count_masked(start, end):
-        canvas.place_sure(canvas.guess(logits_fn(canvas.ids)[0], end), threshold)
+        canvas.place_sure(canvas.guess(logits_fn(canvas.ids)[0], end, alg), threshold)
         assert canvas.count_masked(start, end) < left, "only mask tokens predicted: never ends"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import plot_attention
 import plot_generate
+import plot_reuse
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -27,6 +28,16 @@ def test_other_steps_and_models_are_not_mixed_in():
     long = plot_generate.curves_of(lines, "llada", 1024)
     assert long.keys() == {"ours, H100: dense", "ours, H100: sparse"}
     assert plot_generate.curves_of([{**lines[3], "batch": 4}], "llada", 1024) == {}
+
+
+def test_generations_with_reuse_stand_beside_exact_ones_and_others():
+    kept = lines_of("generate_reuse.jsonl")
+    theirs = {**kept[0], "engine": "fast-dllm", "mode": "dual", "seconds": 60.0}
+    small = {**theirs, "config": {"n_layers": 2}, "tokens": 2}
+    curves = plot_reuse.curves_of([*kept, theirs, small], "llada", 128, 128)
+    assert curves["ours: reuse, share 0.02"][65536] < curves["ours: exact"][65536]
+    assert curves["Fast-dLLM: dual cache"] == {theirs["tokens"]: 60.0}
+    assert next(iter(curves)) == "ours: exact"
 
 
 def test_curves_of_attention_are_of_one_density_and_kind_of_lists():

@@ -44,6 +44,9 @@ class Way:
     request: dict[str, Any] = field(default_factory=dict)
 
 
+REUSE = {"kv_share": 0.02}  # the preset's
+
+
 def ways(canvas: int) -> list[Way]:
     """From one place a step to many; blocks of 8 can end a request early."""
     eighth = {"block_length": 8}
@@ -57,6 +60,11 @@ def ways(canvas: int) -> list[Way]:
         Way("threshold 0.7", {"threshold": 0.7}),
         Way("threshold 0.5", {"threshold": 0.5}),
         Way("threshold 0.9, blocks of 8, early stop", {**eighth, "threshold": 0.9}),
+        Way("reuse, 1 place a step", {"early_stop": 0, **REUSE}),
+        Way("reuse, 1 place a step, blocks of 8, early stop", {**eighth, **REUSE}),
+        Way("reuse, threshold 0.9", {"threshold": 0.9, **REUSE}),
+        Way("reuse, threshold 0.7", {"threshold": 0.7, **REUSE}),
+        Way("reuse, threshold 0.9, blocks of 8, early stop", {**eighth, "threshold": 0.9, **REUSE}),
     ]
 
 
@@ -96,6 +104,7 @@ def measure(
     return {
         "way": way.name,
         **{"block_length": canvas, "steps": canvas, "threshold": None, "early_stop": 1},
+        "kv_share": None,
         **way.request,
         "seconds": round(seconds, 3),
         "spread": round(spread(times), 3),
@@ -119,6 +128,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=4, help="questions of each of the six tasks")
     add("--canvas", type=int, default=32)
     add("--rounds", type=int, default=3)
+    add("--compiled", action="store_true", help="torch.compile and CUDA graphs, as vLLM has them")
     return parser.parse_args(argv)
 
 
@@ -127,8 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     indices = range(args.samples)
     questions = [draw(task, args.length, args.canvas, i) for task in TASKS for i in indices]
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    llm = start_engine(args.model, disable_log_stats=False, dtype=dtype)
-    answer(llm, Way("warm up", {"steps": 1}), questions, args.canvas)
+    llm = start_engine(
+        args.model,
+        disable_log_stats=False,
+        dtype=dtype,
+        enforce_eager=not args.compiled,
+        additional_config={"reuse": {"by_default": 0}},
+    )
+    for request in ({"steps": 1}, {"steps": 2, **REUSE}):
+        answer(llm, Way("warm up", request), questions, args.canvas)
     for way in ways(args.canvas):
         line = {
             "bench": "decoding",
@@ -137,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             "tokens": args.length + args.canvas,
             "new_tokens": args.canvas,
             "dtype": dtype,
+            "engine": "compiled" if args.compiled else "eager",
             "questions": len(questions),
             "rounds": args.rounds,
             **measure(llm, way, questions, args.canvas, args.rounds),

@@ -104,6 +104,19 @@ def test_a_step_has_half_of_the_places_open_on_average():
     assert bench_throughput.open_rows(64, 128, 1) == 64 * 128
 
 
+def test_light_steps_compute_the_canvas_and_a_share_of_what_stands_before_it():
+    one = bench_throughput.parse([])
+    assert bench_throughput.light_rows(one) == 64 * (128 + 11)
+    four = bench_throughput.parse(["--block-length", "32"])
+    assert bench_throughput.light_rows(four) == 16 * (128 + 11 + 96 + 11 + 64 + 12 + 32 + 13)
+
+
+def test_throughput_asks_for_steps_that_fill_blocks(capsys):
+    with pytest.raises(SystemExit):
+        bench_throughput.parse(["--block-length", "32", "--steps", "6"])
+    assert "--steps a multiple of them" in capsys.readouterr().err
+
+
 def test_a_text_ends_before_its_end_token():
     assert bench_decoding.until_end([7, 8, EOS_ID, 9]) == [7, 8]
     assert bench_decoding.until_end([7, 8]) == [7, 8]

@@ -168,6 +168,8 @@ class DenoisingScheduler(Scheduler):
         """
         granted = output.num_scheduled_tokens[req_id]
         rows = self.progress[req_id].cursor.upcoming.num_rows
+        if rows == granted:
+            return
         output.num_scheduled_tokens[req_id] = rows
         output.total_num_scheduled_tokens -= granted - rows
         self.requests[req_id].num_in_flight_tokens -= granted - rows

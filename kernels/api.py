@@ -30,6 +30,7 @@ from sparsed_vllm.kernels.layout import (
     PAGE,
     BatchLayout,
     BlockTables,
+    LightTensors,
     Selection,
     host_layout,
     id_dtype,
@@ -67,6 +68,7 @@ __all__ = [
     "take_canvases",
     "token_mass",
     "write_ids",
+    "write_light_inputs",
     "write_pages",
 ]
 
@@ -314,6 +316,23 @@ def write_ids(
         assert light.prompts.stride(1) == 1
     write = _for(state.tokens, "write_ids")
     write(state, columns, input_ids, mask_token_id, light)
+
+
+def write_light_inputs(
+    inputs: LightTensors,
+    rows: Tensor,
+    places: Tensor,
+    seqs: Tensor,
+    pages: Tensor,
+    reads: OpenRows | None,
+) -> None:
+    """Writes where a captured step's rows keep keys and values, and which of them are read."""
+    assert len(rows) <= len(inputs.pages), "the step is larger than its graph"
+    assert reads is None or len(reads.places) <= len(inputs.pages)
+    assert rows.is_contiguous() and places.is_contiguous() and seqs.is_contiguous()
+    assert pages.dtype == torch.int32 and pages.stride(1) == 1
+    write = _for(pages, "write_light_inputs")
+    write(inputs, rows, places, seqs, pages, reads)
 
 
 def _for(tensor: Tensor, name: str, module: str | None = None) -> Callable[..., Any]:

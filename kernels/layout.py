@@ -149,10 +149,18 @@ class BatchLayout:
 
 def send(values: NDArray[Any], device: torch.device | str) -> Tensor:
     """A copy on the device; through pinned memory, as from any other the host would wait for it."""
+    return _pinned(values, device).to(device, non_blocking=True)
+
+
+def send_into(kept: Tensor, values: NDArray[Any]) -> None:
+    """The same, over what a tensor held."""
+    kept.copy_(_pinned(values, kept.device), non_blocking=True)
+
+
+def _pinned(values: NDArray[Any], device: torch.device | str) -> Tensor:
+    """On the host, where the device may fetch it."""
     host = torch.from_numpy(values)
-    if torch.device(device).type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return host.pin_memory() if torch.device(device).type == "cuda" else host
 
 
 def places_within(counts: NDArray[Any]) -> NDArray[Any]:
@@ -228,6 +236,26 @@ class BlockTables:
         blocks = torch.arange(first, first + count, device=self.pages.device)
         pages = self.pages[sequence.page_row, blocks * self.block_size // PAGE]
         return pages.long(), blocks % self.kept.shape[1]
+
+
+class LightTensors(NamedTuple):
+    """What the rows of a captured step read of the batch that runs it, at fixed addresses.
+
+    pages, offsets int64 [rows]: where each row's key and value go
+    read_rows int64 [rows]: rows of the batch whose attention is noted
+    weights float32 [rows]: how much that of each counts
+    """
+
+    pages: Tensor
+    offsets: Tensor
+    read_rows: Tensor
+    weights: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device) -> LightTensors:
+        """Of rows of no sequence."""
+        pages, offsets, read_rows = torch.zeros(3, num_rows, dtype=torch.int64, device=device)
+        return cls(pages, offsets, read_rows, torch.zeros(num_rows, device=device))
 
 
 FIRST_GEN, KEEP_ALL, KEEP_GEN = range(3)

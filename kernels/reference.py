@@ -43,8 +43,10 @@ from sparsed_vllm.kernels.canvas import (
 from sparsed_vllm.kernels.choice import STREAM, Choice, Forbidden, Noise
 from sparsed_vllm.kernels.layout import (
     FIRST_GEN,
+    PAGE,
     BatchLayout,
     BlockTables,
+    LightTensors,
     Placement,
     Selection,
 )
@@ -743,3 +745,28 @@ def _current_block(state: CanvasState, columns: StepColumns) -> Tensor:
 def _first(masked: Tensor) -> Tensor:
     """The first masked place of each row, or 0 if none is; int64 [rows]."""
     return masked.int().argmax(1)
+
+
+def write_light_inputs(
+    inputs: LightTensors,
+    rows: Tensor,
+    places: Tensor,
+    seqs: Tensor,
+    pages: Tensor,
+    reads: OpenRows | None,
+) -> None:
+    """Write where the rows of light steps keep keys and values, and which of them are read.
+
+    Rows of no sequence keep theirs in page 0, which vLLM gives to nobody; nor do they count.
+
+    rows int64 [n]: 0 to n - 1 in any order;  places, seqs int64 [n]: theirs in their sequences, and
+        whose they are
+    pages int32 [num_seqs, most pages]: vLLM's page table
+    reads: the rows that are read, no more than `inputs` has; None: nothing is noted, nor written
+    """
+    inputs.pages.zero_().index_put_((rows,), pages[seqs, places // PAGE].long())
+    inputs.offsets.zero_().index_put_((rows,), places % PAGE)
+    if reads is not None:
+        num_reads = len(reads.places)
+        inputs.read_rows.zero_()[:num_reads] = reads.batch_rows
+        inputs.weights.zero_()[:num_reads] = (reads.places >= 0).float()

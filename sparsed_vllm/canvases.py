@@ -105,11 +105,13 @@ class Canvases(CanvasState):
     def __init__(self, num_slots: int, longest: int, device: torch.device) -> None:
         self.device = device
         shape = (num_slots + 1, longest)
-        numbers = torch.zeros(3, num_slots, dtype=torch.int64, device=device)
+        num_taken, block_steps, seeds = torch.zeros(3, num_slots, dtype=torch.int64, device=device)
         super().__init__(
             torch.zeros(shape, dtype=torch.int32, device=device),
             torch.zeros(shape, dtype=torch.bool, device=device),
-            *numbers,
+            num_taken,
+            block_steps,
+            seeds,
             torch.zeros(num_slots, dtype=torch.bool, device=device),
         )
         self._places = torch.arange(longest, device=device)

@@ -25,7 +25,15 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from sparsed_vllm.batch import DenoisingBatch
 from sparsed_vllm.flash import PackedSequences
-from sparsed_vllm.kernels.layout import KEY_LEN, NUM_COLUMNS, BatchLayout, host_layout, send
+from sparsed_vllm.kernels import api
+from sparsed_vllm.kernels.layout import (
+    KEY_LEN,
+    NUM_COLUMNS,
+    BatchLayout,
+    LightTensors,
+    host_layout,
+    send_into,
+)
 from sparsed_vllm.metadata import (
     DENSE_ROWS,
     FEW_ROWS,
@@ -74,10 +82,7 @@ class LightInputs:
         self.layout, self.mass_layout = map(self._layout, columns)
         self.cu_queries = self._numbers[2 * NUM_COLUMNS * seqs :]
         self.slots = torch.zeros(seqs, dtype=torch.int64, device=device)
-        self.pages, self.offsets, self.read_rows = torch.zeros(
-            3, rows, dtype=torch.int64, device=device
-        )
-        self.weights = torch.zeros(rows, device=device)
+        self.rows = LightTensors.empty(rows, device)
 
     def metadata(self, pages: Tensor, mass: Tensor) -> SparsedMetadata:
         """What attention is captured with: the tensors of this object, and bounds on the host.
@@ -92,9 +97,9 @@ class LightInputs:
             packed = PackedSequences(
                 slice(0, rows), None, self.cu_queries, rows, self.longest, arguments
             )
-        noted = MassRows(self.read_rows, self.mass_layout, self.weights, self.slots)
+        noted = MassRows(self.rows.read_rows, self.mass_layout, self.rows.weights, self.slots)
         launch = Launch(kind, self.layout, packed, mass=noted)
-        writes = PageWrites(slice(rows), self.pages, self.offsets)
+        writes = PageWrites(slice(rows), self.rows.pages, self.rows.offsets)
         return SparsedMetadata((launch,), (), pages, writes, mass)
 
     def _layout(self, columns: Tensor) -> BatchLayout:
@@ -111,20 +116,22 @@ class LightInputs:
         )
         return BatchLayout(DENSE_ROWS, bounds, columns)
 
-    def fill(self, batch: DenoisingBatch) -> None:
-        """Write a step of light requests, after whatever read the one before."""
-        assert batch.writes is not None and isinstance(batch.writes.rows, slice)
+    def fill(self, batch: DenoisingBatch, pages: Tensor) -> None:
+        """Write a step of light requests, after whatever read the one before.
+
+        pages int32 [num_reqs, most pages]: vLLM's page table
+        """
+        light, reads = batch.light, batch.reads
+        assert light is not None and len(light.rows) == batch.starts[-1]
         ends = np.full(self.size.num_seqs + 1, batch.starts[-1])
         ends[: len(batch.starts)] = batch.starts
         parts = [self._rows_of(batch), self._mass_of(batch), ends]
         host = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
-        self._numbers.copy_(send(host, self._numbers.device))
-        _overwrite(self.pages, batch.writes.pages)
-        _overwrite(self.offsets, batch.writes.offsets)
-        if batch.reads is not None:
-            _overwrite(self.slots, send(np.array(batch.reads.slots), self.slots.device))
-            _overwrite(self.read_rows, batch.reads.rows)
-            _overwrite(self.weights, batch.reads.weights)
+        send_into(self._numbers, host)
+        if reads is not None:
+            send_into(self.slots[: len(reads.slots)], np.array(reads.slots))
+        of_reads = None if reads is None else reads.rows
+        api.write_light_inputs(self.rows, light.rows, light.places, light.seqs, pages, of_reads)
 
     def _rows_of(self, batch: DenoisingBatch) -> NDArray[np.int32]:
         """The columns of what each sequence computes."""
@@ -155,12 +162,6 @@ class LightInputs:
             key_lens=given[2],
             page_rows=np.arange(self.size.num_seqs),
         )
-
-
-def _overwrite(kept: Tensor, new: Tensor) -> None:
-    """Write `new`, and zeros behind it."""
-    kept[: len(new)].copy_(new)
-    kept[len(new) :].zero_()
 
 
 class LightGraph:

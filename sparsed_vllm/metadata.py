@@ -283,9 +283,9 @@ def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> 
     )
     (layout,) = send_layouts([(DENSE_ROWS, host)], pages.device)
     slots = send(np.array([reads.slots[i] for i in seqs]), pages.device)
-    rows = reads.rows
+    rows = reads.rows.batch_rows
     if view.shifts.any():
-        rows = rows + send(view.shifts, pages.device)[reads.seqs]
+        rows = rows + send(view.shifts, pages.device)[reads.rows.reqs]
     return MassRows(rows, layout, reads.weights, slots)
 
 

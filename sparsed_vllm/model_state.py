@@ -141,9 +141,9 @@ class DenoisingModelState(ModelState):
             return  # Warm-up, which counts on vLLM's own rows.
         self._pages = block_tables[0]
         batch = self._plan(input_batch, known)
+        self._graph = self.graphs.find(batch)
+        self._batch = self._with_reuse(batch)
         reads = batch.canvas.rows.batch_rows
-        self._batch = self._with_reuse(batch, reads)
-        self._graph = self.graphs.find(self._batch)
         # A step that fills nothing still has a row: kernels for none at all are rarely tried.
         input_batch.logits_indices = reads if len(reads) else input_batch.logits_indices[:1]
 
@@ -168,11 +168,8 @@ class DenoisingModelState(ModelState):
         canvas = self.canvases.open(slots, params, steps, order, places)
         return DenoisingBatch(input_batch.req_ids, requests, steps, starts, canvas)
 
-    def _with_reuse(self, batch: DenoisingBatch, reads: Tensor) -> DenoisingBatch:
-        """What a step does besides for requests that reuse keys and values.
-
-        reads int64 [num_rows]: the batch's rows that are read
-        """
+    def _with_reuse(self, batch: DenoisingBatch) -> DenoisingBatch:
+        """What a step does besides for requests that reuse keys and values."""
         kept = [i for i, plan in enumerate(batch.plans) if plan.reuse is not None]
         if self.mass is None or not kept:
             return batch
@@ -180,7 +177,8 @@ class DenoisingModelState(ModelState):
         # Before the first step there are no states, and nothing to choose.
         tokens = None if self.req_states is None else self.req_states.all_token_ids.gpu
         light = self.mass.choose(batch.starts.tolist(), slots, batch.steps, batch.plans, tokens)
-        writes = page_writes(batch, kept, light, self._pages)
+        # A captured step works them out for itself.
+        writes = None if self._graph else page_writes(batch, kept, light, self._pages)
         spans = {
             i: (first, end - first)
             for i, first, end in batch.rows_of_requests()
@@ -190,12 +188,11 @@ class DenoisingModelState(ModelState):
         # A step that reads nothing keeps what the one before noted, but never another request's.
         begun = [i for i, step in enumerate(batch.steps) if step.source is Source.FRESH]
         self.mass.clear([slots[i] for i in sorted({*spans, *begun})])
-        seqs, weights = batch.canvas.rows.reqs, (batch.canvas.places >= 0).float()
         return replace(
             batch,
             light=light,
             writes=writes,
-            reads=ReadRows(spans, reads, seqs, weights, slots) if spans else None,
+            reads=ReadRows(spans, batch.canvas.rows, slots) if spans else None,
             mass=self.mass.mass,
         )
 
@@ -265,7 +262,7 @@ class DenoisingModelState(ModelState):
         """
         batch = self.batch_of(input_batch)
         if batch is not None and self._graph is not None:
-            self._graph.inputs.fill(batch)
+            self._graph.inputs.fill(batch, self._pages)
             return {}
         padded = cudagraph_mode == CUDAGraphMode.FULL
         num_reqs = input_batch.num_reqs_after_padding if padded else input_batch.num_reqs

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsed_vllm.kernels.canvas import OpenRows
 from sparsed_vllm.kernels.layout import places_within, send
 from sparsed_vllm.match import PromptMatch
 from sparsed_vllm.steps import Plan, Source, Step
@@ -26,16 +27,18 @@ class ReadRows:
     """The rows that a step reads of requests whose next step chooses tokens by their attention.
 
     spans: of each such sequence, the first of its rows among all that are read, and their number
-    rows int64 [num_rows]: all rows of the batch that are read;  seqs int64 [num_rows]: whose
-    weights float32 [num_rows]: 1 for a row that is read, 0 for padding
+    rows: all that are read
     slots: of all sequences of the batch
     """
 
     spans: Mapping[int, tuple[int, int]]
-    rows: Tensor
-    seqs: Tensor
-    weights: Tensor
+    rows: OpenRows
     slots: Sequence[int]
+
+    @property
+    def weights(self) -> Tensor:
+        """1 for a row that is read, 0 for padding; float32 [num_rows]"""
+        return (self.rows.places >= 0).float()
 
 
 @dataclass(frozen=True)

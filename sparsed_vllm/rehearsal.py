@@ -14,9 +14,9 @@ from sparsed_vllm.canvases import Canvases, CanvasPlaces, NewCanvas
 from sparsed_vllm.config import BLOCK_SIZES, SparseConfig, Sparsity
 from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.kernels import api
-from sparsed_vllm.kernels.canvas import SequenceEnds, SequenceRows
+from sparsed_vllm.kernels.canvas import OpenRows, SequenceEnds, SequenceRows
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
-from sparsed_vllm.kernels.layout import LEAST_KEYS, PAGE, BatchLayout, num_blocks
+from sparsed_vllm.kernels.layout import LEAST_KEYS, PAGE, BatchLayout, LightTensors, num_blocks
 from sparsed_vllm.metadata import DENSE_ROWS, plan_launches
 from sparsed_vllm.pages import PageWrites
 from sparsed_vllm.params import DenoisingParams
@@ -71,6 +71,9 @@ def _step_lightly(
     mass = q.new_zeros(1, 2 * LEAST_KEYS).float()
     PageWrites(slice(1), zeros, zeros).write(k, v, *halves)
     PageWrites(zeros, zeros, zeros).write(k, v, *halves)
+    inputs = LightTensors.empty(16, q.device)
+    for reads in (None, OpenRows(*[zeros] * len(OpenRows._fields))):
+        api.write_light_inputs(inputs, zeros, zeros, zeros, pages, reads)
     layout, listed = (
         BatchLayout.of(
             tile,

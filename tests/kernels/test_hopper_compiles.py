@@ -38,6 +38,7 @@ COMPILED = {
     "_fill_canvases_kernel": 6,
     "_take_canvases_kernel": 6,
     "_write_ids_kernel": 6,
+    "_write_light_inputs_kernel": 6,
 }
 
 

@@ -27,10 +27,12 @@ from sparsed_vllm.kernels import (
     take_canvases,
     token_mass,
     write_ids,
+    write_light_inputs,
     write_pages,
 )
 from sparsed_vllm.kernels.canvas import SequenceEnds, SequenceRows
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
+from sparsed_vllm.kernels.layout import LightTensors
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
 
@@ -111,6 +113,10 @@ def call_canvases():
         prompts = torch.zeros(20, 90, dtype=torch.int32)
         for light in (None, SequenceRows(*rows[:3], prompts, lens[0], rows[0])):
             write_ids.write_ids(state, columns, lens[0], 5, light)
+        inputs = LightTensors.empty(16, torch.device("cpu"))
+        for reads in (None, rows):
+            write = write_light_inputs.write_light_inputs
+            write(inputs, *rows[:3], torch.zeros(2, num_reqs, dtype=torch.int32), reads)
 
 
 def attend(batch, attention, *tables):

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Many requests at once: who shares a step, who waits, and that nobody notices the others."""
 
+import functools
 import random
 
 import pytest
@@ -181,11 +182,18 @@ PREEMPTED = [
 ]
 
 
+@functools.cache
+def undisturbed_requests(llm, extra):
+    """(requests, their tokens), which every preemption is compared with."""
+    sizes = ((1, 0.0), (40, 0.9), (200, 0.0), (7, 0.9))
+    requests = [request_of(*one, dict(extra)) for one in sizes]
+    return requests, tokens(llm, requests)
+
+
 @pytest.mark.parametrize("extra", PREEMPTED, ids=str)
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_preempted_requests_give_the_same_tokens(llada, free_pages, after, extra):
-    requests = [request_of(*one, extra) for one in ((1, 0.0), (40, 0.9), (200, 0.0), (7, 0.9))]
-    undisturbed = tokens(llada, requests)
+    requests, undisturbed = undisturbed_requests(llada, tuple(extra.items()))
     for i, request in enumerate(requests):
         add(llada, f"{i}", request)
     finished = run_steps(llada, after)

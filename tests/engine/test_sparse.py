@@ -140,13 +140,20 @@ def test_batch_mates_in_other_phases_change_no_token(llada):
     assert together == alone
 
 
+PREEMPTED = {"steps": 16, "block_length": 8, "use_sparsed": 1, "sparsed_block_size": 32}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llada):
+    """The tokens of requests that are not preempted."""
+    return generate(llada, prompts(), PREEMPTED)
+
+
 @pytest.mark.parametrize("after", [1, 4, 7, 12])
-def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, after):
-    extra = {"steps": 16, "block_length": 8, "use_sparsed": 1, "sparsed_block_size": 32}
-    undisturbed = generate(llada, prompts(), extra)
+def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, undisturbed, after):
     engine = llada.llm_engine
     for i, prompt in enumerate(prompts()):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling(extra))
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling(PREEMPTED))
     finished = [out for _ in range(after) for out in engine.step() if out.finished]
     assert scheduler_of(llada).reset_prefix_cache(reset_running_requests=True)
     while engine.has_unfinished_requests():

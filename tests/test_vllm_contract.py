@@ -15,6 +15,7 @@ import pytest
 import torch
 import vllm
 from vllm import SamplingParams
+from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,7 +24,7 @@ from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -84,6 +85,14 @@ def test_piecewise_graphs_call_the_model_with_what_the_model_state_prepared():
     prepared = {"rows": 1, "positions": 2}
     manager = SimpleNamespace(use_breakable_cg=False)
     assert CudaGraphManager.run_pw_graph(manager, dict, prepared) == prepared
+
+
+def test_light_steps_are_captured_with_what_vllm_captures_with():
+    assert names_of(capture_pool) == ["pool", "vllm_config"]
+    buffers = InputBuffers(2, 8, torch.device("cpu"))
+    assert (buffers.input_ids.dtype, buffers.positions.dtype) == (torch.int32, torch.int64)
+    given = names_of(ModelState.capture_inner_cudagraphs)
+    assert given == ["self", "input_buffers", "block_tables", "attn_groups", "kv_cache_config"]
 
 
 def test_a_sampler_may_say_how_many_tokens_count():

@@ -184,7 +184,7 @@ def test_other_configurations_that_cannot_run_are_refused_by_name(
         (write_llada, {"quantization_config": "fp8"}, "quantization_config must be a mapping"),
         (write_llada, {"quantization_config": {"bits": 4}}, "with a quant_method, got {'bits': 4}"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_vllm_would_stumble_over_is_refused_as_config_json_is_read(
     tmp_path, write, changes, message

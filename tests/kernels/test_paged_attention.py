@@ -105,7 +105,7 @@ def test_huge_logits_are_known_to_a_unit_in_their_last_place(name):
     unit = float(exact_lse.abs().max()) * torch.finfo(torch.float32).eps
     assert unit < 0.01
     assert (out - exact_out).abs().max() < 2 * unit * batch.v.nan_to_num().abs().max()
-    assert (lse - exact_lse).abs().max() < 2 * unit
+    assert (lse - exact_lse).abs().max() < 4 * unit  # the product, its scale and its unit round
 
 
 def test_short_and_empty_lists_equal_float64_within_rounding():

@@ -154,7 +154,7 @@ def test_what_memory_held_before_does_not_show(name, monkeypatch):
 
     def poisoned(*sizes, **options):
         x = empty(*sizes, **options)
-        return x.fill_(NAN) if x.is_floating_point() else x.fill_(10**9)
+        return x.fill_(NAN if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     assert equal(run(*of), before)

@@ -113,13 +113,14 @@ class ChosenTokens:
     def apart(self, members: Any) -> Any:
         """In a launch of their own."""
 
-        def split(batch: Any, lengths: Any) -> dict[Kind, list[Member]]:
-            found = members(batch, lengths)
+        def split(batch: Any, lengths: Any, with_flash: bool) -> dict[Kind, list[Member]]:
+            found = members(batch, lengths, with_flash)
             if batch is None:
                 return found
-            for member in found.pop(DENSE_LIGHT, []):
-                is_sparse = batch.steps[member.seq].phase is Phase.SPARSE
-                found.setdefault(_CHOSEN if is_sparse else DENSE_LIGHT, []).append(member)
+            for kind in (DENSE_LIGHT, DENSE_LIGHT._replace(is_packed=True)):
+                for member in found.pop(kind, []):
+                    is_sparse = batch.steps[member.seq].phase is Phase.SPARSE
+                    found.setdefault(_CHOSEN if is_sparse else kind, []).append(member)
             return found
 
         return split

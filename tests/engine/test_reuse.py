@@ -406,7 +406,8 @@ def test_pages_hold_keys_and_values_only_where_requests_may_reuse_them(llada, re
 
 
 def test_an_engine_s_own_defaults_hold(reusing_llada, llada_path):
-    settings = {"reuse": {"share": 0.1, "every": 2, "refresh": 5, "choice": "both"}}
+    own = {"share": 0.1, "every": 2, "refresh": 5, "choice": "both"}
+    settings = {"reuse": {**own, "layers": MAY_REUSE["reuse"]["layers"]}}
     by_default = start_engine(llada_path, additional_config=settings)
     asked = {"steps": 16, "kv_share": 0.1, "kv_every": 2, "kv_refresh": 5, **BOTH}
     for extra, same in [

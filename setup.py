@@ -35,6 +35,7 @@ setup(
             "pre-commit==4.7.0",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
+            "pytest-xdist==3.8.0",
             "ruff==0.17.6",
         ],
     },

@@ -173,12 +173,18 @@ def host_layout(
     *,
     query_starts: ArrayLike,
     num_rows: ArrayLike,
-    first_rows: ArrayLike,
-    key_starts: ArrayLike,
+    first_rows: ArrayLike | None = None,
+    key_starts: ArrayLike | None = None,
     key_lens: ArrayLike,
     page_rows: ArrayLike,
 ) -> NDArray[np.int32]:
-    """The columns of a layout, int32 [NUM_COLUMNS, num_seqs]; see the names of the columns."""
+    """The columns of a layout, int32 [NUM_COLUMNS, num_seqs]; see the names of the columns.
+
+    first_rows, key_starts: None: 0, where rows are of any tokens and keys are in pages
+    """
+    zeros = np.zeros_like(query_starts)
+    first_rows = zeros if first_rows is None else first_rows
+    key_starts = zeros if key_starts is None else key_starts
     given = (query_starts, num_rows, first_rows, key_starts, key_lens, page_rows)
     host = np.stack([np.asarray(column, np.int32) for column in (*given, given[0])])
     assert not (host[FIRST_ROW] % tile).any(), "a tile begins with a block"

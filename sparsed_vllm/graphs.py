@@ -8,7 +8,7 @@ The host needs longer to launch such a pass, kernel by kernel, than the GPU to r
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,17 +104,9 @@ class LightInputs:
 
     def _layout(self, columns: Tensor) -> BatchLayout:
         """A layout whose sequences may be of any size."""
-        zeros = np.zeros(self.size.num_seqs, np.int32)
-        bounds = host_layout(
-            DENSE_ROWS,
-            query_starts=zeros,
-            num_rows=zeros + self.size.rows_a_sequence,
-            first_rows=zeros,
-            key_starts=zeros,
-            key_lens=zeros + self.longest,
-            page_rows=np.arange(self.size.num_seqs),
-        )
-        return BatchLayout(DENSE_ROWS, bounds, columns)
+        seqs = self.size.num_seqs
+        sizes = np.full((2, seqs), [[self.size.rows_a_sequence], [self.longest]])
+        return BatchLayout(DENSE_ROWS, _columns(np.zeros(seqs, np.int32), *sizes), columns)
 
     def fill(self, batch: DenoisingBatch, pages: Tensor) -> None:
         """Write a step of light requests, after whatever read the one before.
@@ -152,16 +144,20 @@ class LightInputs:
         lengths = np.array([step.length for step in batch.steps])
         given = np.zeros((3, self.size.num_seqs), np.int32)
         given[:, : len(lengths)] = starts, counts, lengths
-        zeros = np.zeros(self.size.num_seqs, np.int32)
-        return host_layout(
-            DENSE_ROWS,
-            query_starts=given[0],
-            num_rows=given[1],
-            first_rows=zeros,
-            key_starts=zeros,
-            key_lens=given[2],
-            page_rows=np.arange(self.size.num_seqs),
-        )
+        return _columns(*given)
+
+
+def _columns(
+    starts: NDArray[Any], counts: NDArray[Any], lengths: NDArray[Any]
+) -> NDArray[np.int32]:
+    """Of one sequence for each row of the page table: rows of q, and tokens."""
+    return host_layout(
+        DENSE_ROWS,
+        query_starts=starts,
+        num_rows=counts,
+        key_lens=lengths,
+        page_rows=np.arange(len(starts)),
+    )
 
 
 class LightGraph:

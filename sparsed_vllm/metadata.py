@@ -271,13 +271,10 @@ def _is_read(kind: Kind, batch: DenoisingBatch, seq: int) -> bool:
 def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> MassRows:
     """seqs: sequences of one launch that are read"""
     begins, counts = np.array([reads.spans[i] for i in seqs]).T
-    zeros = np.zeros_like(counts)
     host = host_layout(
         DENSE_ROWS,
         query_starts=begins,
         num_rows=counts,
-        first_rows=zeros,
-        key_starts=zeros,
         key_lens=view.lengths[seqs],
         page_rows=seqs,
     )

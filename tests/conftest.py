@@ -16,8 +16,6 @@ import pytest
 import torch
 from checkpoints import write_dream, write_llada
 
-MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
-
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, with the reason, where there is none."""
@@ -80,20 +78,22 @@ def dream(dream_path):
 @pytest.fixture(scope="session")
 def reusing_llada(llada_path):
     """An engine whose requests may reuse keys and values, and do not unless they ask."""
-    from engines import start_engine
+    from engines import MAY_REUSE, start_engine
 
     return start_engine(llada_path, additional_config=MAY_REUSE)
 
 
 @pytest.fixture(scope="session")
 def reusing_dream(dream_path):
-    from engines import start_engine
+    from engines import MAY_REUSE, start_engine
 
     return start_engine(dream_path, additional_config=MAY_REUSE)
 
 
 @pytest.fixture(scope="session")
 def async_reusing_llada(llada_path):
+    from engines import MAY_REUSE
+
     return start_async_engine(llada_path, additional_config=MAY_REUSE)
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engines import start_engine, state_of
+from engines import MAY_REUSE, start_engine, state_of
 from vllm import SamplingParams
 
 from sparsed_vllm import attention, graphs, model_state
@@ -20,8 +20,6 @@ from sparsed_vllm.flash import FlashAttention
 from sparsed_vllm.graphs import GraphSize, LightGraph
 
 pytestmark = pytest.mark.engine
-
-MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
 
 
 def attend(q, k, v, *, cu_seqlens_q, softmax_scale, out, cu_seqlens_k=None, seqused_k=None, **rest):

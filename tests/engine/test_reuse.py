@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from checkpoints import DREAM_MASK_ID, LLADA_MASK_ID
-from engines import scheduler_of, start_engine, state_of
+from engines import MAY_REUSE, scheduler_of, start_engine, state_of
 from reuse_oracle import Reuse, reusing_dream_generate, reusing_llada_generate
 from sparse_oracle import Sparsity
 from vllm import SamplingParams
@@ -23,7 +23,6 @@ from sparsed_vllm.steps import Source
 pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 17, 100, 301)
-MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
 
 
 def prompts(seed=2):

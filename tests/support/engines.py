@@ -15,6 +15,9 @@ from sparsed_vllm.tables import rows_of
 
 KV_CACHE_BYTES = 1 << 26
 
+MAY_REUSE = {"reuse": {"by_default": 0, "every": 1, "layers": 1}}
+"""An engine whose requests say what they reuse, and whose layers all choose."""
+
 _ENGINES: list[LLM] = []  # one that ends takes along the process groups of all in its process
 
 

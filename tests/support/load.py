@@ -195,7 +195,8 @@ async def put_under_load(
     url: str, *, clients: int, seconds: float, kinds: int = 40, seed: int = 0
 ) -> Report:
     """Load the server for a while; it is idle before and afterwards."""
-    limits = httpx.Limits(max_connections=None)
+    # The server closes what is idle for 5 s, and a request sent at that moment is lost.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=1)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         known = await ask_alone(http, kinds, seed)
         report = Report()

@@ -33,7 +33,9 @@ def serving(
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *args]
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment = {**inherited, "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    # A connection that the server closes while a request travels on it would fail a test.
+    inherited |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+    environment = {**inherited, **environment}
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True

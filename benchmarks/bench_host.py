@@ -8,10 +8,14 @@
 `seconds` is the median over the steps of a phase of the time that this package's own functions
 take on the host, launches of kernels among them; what they call in vLLM is left out. On a CPU the
 kernels' own time is in it. `queue`: take_turns with so many running and waiting requests.
+--profile says besides, on stderr, which functions the steps of each phase spend the time in.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -111,6 +115,25 @@ def time_steps(
     return seconds
 
 
+def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
+    """Print where the host spends the steps of each phase, vLLM's own functions among it."""
+    profiles: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
+    for i in range(batch):
+        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
+        llm.llm_engine.add_request(str(i), prompt, params)
+    step = 0
+    while llm.llm_engine.has_unfinished_requests():
+        phase = phase_of(step, args.steps, SKIP).value if sparse else "dense"
+        wait()
+        with profiles[phase]:
+            llm.llm_engine.step()
+        step += 1
+    for phase, profile in profiles.items():
+        print(f"batch {batch}, sparse {sparse}, {phase} steps", file=sys.stderr)
+        found = pstats.Stats(profile, stream=sys.stderr)
+        found.sort_stats("tottime").print_stats(40)
+
+
 def time_queue(running: int, waiting: int) -> float:
     """Seconds of take_turns with so many requests of mixed lengths."""
     claims = [
@@ -137,6 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20)
     add("--batch", type=int, nargs="+", default=[1, 64])
     add("--layers", type=int, help="fewer than the model has")
+    add("--profile", action="store_true", help="also where the time of a step goes")
     add("--queue-only", action="store_true", help="time take_turns alone, without an engine")
     return parser.parse_args(argv)
 
@@ -157,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
                 sizes = {"tokens": args.tokens, "batch": batch, "layers": args.layers}
                 found = {"phase": phase, "sparse": sparse, "seconds": median(seconds)}
                 print(json.dumps({**line, "model": args.model, **sizes, **found}), flush=True)
+            if args.profile:
+                profile_steps(llm, args, batch, sparse)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsed_vllm.kernels.relaunch import relaunch
+
 NUMBERS = 4096  # of a program
 
 
 def drop_nans(rows: Tensor) -> None:
     """See reference.drop_nans."""
-    total = rows.numel()
+    total, stride, width = rows.numel(), rows.stride(0), rows.shape[1] * rows.shape[2]
     if total:
-        _drop_nans_kernel[(triton.cdiv(total, NUMBERS),)](
+        relaunch(
+            _drop_nans_kernel,
+            (triton.cdiv(total, NUMBERS), 1, 1),
+            (rows.device, rows.dtype, stride, width, total >> 31),
             rows,
             total,
-            rows.stride(0),
-            WIDTH=rows.shape[1] * rows.shape[2],
-            NUMBERS=NUMBERS,
-            num_warps=4,
+            stride,
+            width,
+            NUMBERS,
         )
 
 

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparsed_vllm.kernels.layout import BatchLayout, BlockTables
 from sparsed_vllm.kernels.reference import empty_attention
+from sparsed_vllm.kernels.relaunch import relaunch
 from sparsed_vllm.kernels.rings import (
     column,
     fill,
@@ -81,7 +82,10 @@ def block_sparse_attention(
     num_programs = min(num_tiles, _num_multiprocessors(q.device))
     overflows = q.new_empty((num_tiles + num_programs, 2), dtype=torch.int32)
     if num_tiles:
-        _block_sparse_attention_kernel[(num_programs,)](
+        relaunch(
+            _block_sparse_attention_kernel,
+            (num_programs, 1, 1),
+            (q.device, q.dtype, q.shape[2], tables.kept.dtype, lse is None),
             tiles_of(q, ROWS),
             tiles_of(k, BLOCK),
             tiles_of(v, BLOCK),
@@ -107,7 +111,6 @@ def block_sparse_attention(
             tables.num_kept.stride(2),
             tables.pages.stride(0),
             q.shape[1] // k.shape[1],
-            num_warps=4,
         )
     return out if lse is None else (out, lse)
 

@@ -9,7 +9,6 @@ straight from the projection and, in light steps, from pages for what they do no
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -363,7 +362,8 @@ class SparsedImpl(AttentionImpl):
         key = (cache.data_ptr(), block_size)
         if key not in self._tables:
             self._tables[key] = self.pages.block_tables(cache, pages, block_size)
-        return replace(self._tables[key], pages=pages)
+        tables = self._tables[key]
+        return BlockTables(tables.kept, tables.num_kept, pages)
 
     def _fail(self, step: LayerStep, layout: BatchLayout) -> None:
         """End a sequence: NaN for all to see, and a table that lists nothing."""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -140,16 +139,18 @@ def plan_launches(
     windows: the rows that the last layer computes; None: all
     with_flash: whether FlashAttention serves dense sequences
     """
-    kinds = _members(batch, np.diff(starts), with_flash).items()
+    members = _members(batch, np.diff(starts), with_flash)
+    kinds = [(kind, np.array(rows).T) for kind, rows in members.items()]
     views = [_View.whole(starts, batch)]
     if windows is not None:
         views.append(views[0].narrowed(windows))
-    hosts = [(kind.tile, view.layout(kind, members)) for view in views for kind, members in kinds]
+    hosts = [(kind.tile, view.layout(kind, rows)) for view in views for kind, rows in kinds]
     layouts = iter(send_layouts(hosts, pages.device))
     made = []
     for view in views:
         launches = [
-            _launch(view, kind, members, next(layouts), batch, pages) for kind, members in kinds
+            _launch(view, kind, rows[0].tolist(), next(layouts), batch, pages)
+            for kind, rows in kinds
         ]
         dense = tuple(x for x in launches if x.kind.phase is Phase.DENSE)
         tables = tuple(x for x in launches if x.kind.phase is not Phase.DENSE)
@@ -220,8 +221,9 @@ class _View(NamedTuple):
         begins = np.cumsum(windows.sizes) - windows.sizes
         return self._replace(begins=begins, firsts=windows.firsts, sizes=windows.sizes)
 
-    def layout(self, kind: Kind, members: Sequence[Member]) -> NDArray[np.int32]:
-        seqs, skipped, num_rows, first_rows = np.array(members).T
+    def layout(self, kind: Kind, members: NDArray[Any]) -> NDArray[np.int32]:
+        """members: [4, n] the launch's Members, a row a field"""
+        seqs, skipped, num_rows, first_rows = members
         ends = self.firsts[seqs] + self.sizes[seqs]
         begin = np.maximum(skipped, self.firsts[seqs])
         count = np.minimum(skipped + num_rows, ends) - begin
@@ -240,7 +242,7 @@ class _View(NamedTuple):
 def _launch(
     view: _View,
     kind: Kind,
-    members: Sequence[Member],
+    seqs: list[int],
     layout: BatchLayout,
     batch: DenoisingBatch | None,
     pages: Tensor,
@@ -251,7 +253,6 @@ def _launch(
     launch = Launch(kind, layout, packed)
     if batch is None:
         return launch
-    seqs = [member.seq for member in members]
     if kind.phase is Phase.RECORDING:
         return replace(launch, selection=_selection(batch, layout, seqs))
     seqs = [i for i in seqs if _is_read(kind, batch, i)]

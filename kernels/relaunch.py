@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The sparsed_vllm authors
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Launching a kernel that each layer of each step launches, at the cost of the launch alone."""
+
+from collections.abc import Hashable
+from typing import Any
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def relaunch(kernel: Any, grid: tuple[int, int, int], variant: Hashable, *args: Any) -> None:
+    """Launch a Triton or Gluon kernel of four warps.
+
+    Triton looks at every argument each time to find the compiled code that fits, which takes the
+    host three times as long as the launch. Here the caller says what that depends on.
+
+    variant: all that the code depends on: device, types, what is None, and numbers that Triton
+        specializes on
+    args: every argument in its place, constexprs among them
+    """
+    key = (kernel, variant)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, num_warps=4)
+    else:
+        compiled[grid](*args)

@@ -17,7 +17,7 @@ import torch
 from checkpoints import LLADA_MASK_ID, write_llada
 from engines import masks_of, scheduler_of, start_engine
 from kernel_cases import assert_within_rounding, exact_attention, make_batch, run_attention
-from ranks import generate as generate_on
+from ranks import SIZES, answers_of, answers_of_ranks
 from sparse_oracle import SparseNetwork, Sparsity, sparse_llada_generate
 from torch import Tensor
 from vllm import SamplingParams
@@ -407,9 +407,7 @@ def test_a_captured_step_leaves_what_its_kernels_leave_one_by_one(capturing, len
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_over_nccl_give_the_tokens_of_one(tmp_path, llada_path):
-    (tokens, counts), (tokens_of_one, _) = (
-        generate_on(tmp_path, llada_path, ranks=ranks) for ranks in (2, 1)
-    )
-    assert tokens == tokens_of_one
+def test_two_ranks_over_nccl_give_the_tokens_of_one(llada_path):
+    tokens, counts = answers_of_ranks(llada_path, 2)
+    assert tokens == answers_of(start_engine(llada_path, **SIZES))[0]
     assert counts["vllm:sparsed_steps sparse"] > 0

@@ -4,14 +4,15 @@
 
 import pytest
 from checkpoints import write_llada_moe
-from ranks import generate, needs_two_devices
+from engines import start_engine
+from ranks import SIZES, answers_of, answers_of_ranks, needs_two_devices
 
 pytestmark = [pytest.mark.engine, needs_two_devices]
 
 
-def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
-    tokens, counts = generate(tmp_path, llada_path, ranks=2)
-    tokens_of_one, counts_of_one = generate(tmp_path, llada_path, ranks=1)
+def test_tensor_parallel_ranks_agree_with_one_process(llada_path):
+    tokens, counts = answers_of_ranks(llada_path, 2)
+    tokens_of_one, counts_of_one = answers_of(start_engine(llada_path, **SIZES))
     assert tokens == tokens_of_one
     of_one_rank = {f"vllm:sparsed_{name}_blocks " for name in ("kept", "possible")}
     for name in counts.keys() - of_one_rank:
@@ -22,5 +23,5 @@ def test_tensor_parallel_ranks_agree_with_one_process(tmp_path, llada_path):
 
 def test_experts_and_the_norms_of_heads_are_shared_out_too(tmp_path):
     path = write_llada_moe(tmp_path / "moe", mlp_hidden_size=64, n_kv_heads=2)
-    tokens, _ = generate(tmp_path, path, ranks=2)
-    assert tokens == generate(tmp_path, path, ranks=1)[0]
+    tokens, _ = answers_of_ranks(path, 2)
+    assert tokens == answers_of(start_engine(path, **SIZES))[0]

@@ -126,7 +126,7 @@ def select_blocks(
     selection: Selection,
     tables: BlockTables,
 ) -> None:
-    """Isolated selection, written to the tables as ascending lists of key blocks."""
+    """Isolated selection, by number or by mass, written to the tables as ascending lists."""
     _check_recording(layout, selection)
     shape = (scores.shape[0], layout.num_tiles, layout.max_key_blocks)
     assert scores.shape == gen_scores.shape == shape
@@ -135,10 +135,13 @@ def select_blocks(
     _for(scores, "select_blocks")(scores, gen_scores, layout, selection, tables)
 
 
-def compile_selection(max_key_blocks: int, ids: torch.dtype, device: torch.device) -> None:
+def compile_selection(
+    max_key_blocks: int, ids: torch.dtype, device: torch.device, *, by_mass: bool = False
+) -> None:
     """Compile select_blocks for sequences of up to `max_key_blocks`; ids: the tables' type."""
     if device.type == "cuda":
-        _triton("compile_up_to", "select_blocks")(max_key_blocks, ids, device)
+        compile_up_to = _triton("compile_up_to", "select_blocks")
+        compile_up_to(max_key_blocks, ids, device, by_mass=by_mass)
 
 
 def block_sparse_attention(
@@ -446,6 +449,9 @@ def _check_paged(
 def _check_recording(layout: BatchLayout, selection: Selection) -> None:
     assert layout.is_whole, "a recording has every query block of a sequence"
     assert selection.host.shape[1] == layout.num_seqs
+    if (mass := selection.mass) is not None:
+        assert mass.shape == (layout.num_seqs,) and mass.dtype == torch.float64
+        assert mass.is_contiguous()
 
 
 def _check_tables(layout: BatchLayout, num_heads: int, tables: BlockTables) -> None:

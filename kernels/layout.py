@@ -278,10 +278,13 @@ class Selection:
     """How many blocks the sequences of a recording layout keep.
 
     host int32 [3, num_seqs];  counts: the same on the device
+    mass float64 [num_seqs], on the device: of these blocks a row keeps those that hold such a share
+        of its softmax mass; infinity: it keeps them all; None: so do all sequences
     """
 
     host: NDArray[np.int32]
     counts: Tensor
+    mass: Tensor | None = None
 
     @cached_property
     def most_kept(self) -> int:
@@ -292,9 +295,17 @@ class Selection:
 
     @classmethod
     def of(
-        cls, layout: BatchLayout, prompt_lens: Sequence[int], selects: Sequence[float]
+        cls,
+        layout: BatchLayout,
+        prompt_lens: Sequence[int],
+        selects: Sequence[float],
+        masses: Sequence[float | None] = (),
     ) -> Selection:
-        """prompt_lens: tokens before the canvas;  selects: shares of blocks to keep, in (0, 1]"""
+        """prompt_lens: tokens before the canvas;  selects: shares of blocks to keep, in (0, 1]
+
+        masses: shares of softmax mass that are enough, in (0, 1); None: a sequence keeps all of
+            its number; (): all sequences do
+        """
         rows = []
         for length, prompt_len, select in zip(
             layout.host[KEY_LEN].tolist(), prompt_lens, selects, strict=True
@@ -304,11 +315,17 @@ class Selection:
                 (first_gen, *keep_counts(num_blocks(length, layout.tile), first_gen, select))
             )
         host = np.array(rows, np.int32).reshape(-1, 3).T.copy()
-        return cls(host, send(host, layout.columns.device))
+        counts, mass = send(host, layout.columns.device), None
+        if any(share is not None for share in masses):
+            shares = [np.inf if share is None else share for share in masses]
+            mass = send(np.array(shares, np.float64), layout.columns.device)
+        return cls(host, counts, mass)
 
     def only(self, seq: int) -> Selection:
         """The selection of one of the sequences."""
-        return Selection(self.host[:, seq : seq + 1].copy(), self.counts[:, seq : seq + 1].clone())
+        one = slice(seq, seq + 1)
+        mass = None if self.mass is None else self.mass[one].clone()
+        return Selection(self.host[:, one].copy(), self.counts[:, one].clone(), mass)
 
 
 def num_blocks(length: int, block_size: int) -> int:

@@ -175,11 +175,16 @@ def select_blocks(
     Of the KEEP_ALL best of all blocks those before the generation, and the KEEP_GEN best of the
     generation; of equal scores the lower block wins.
 
+    By mass, a row keeps of these only the blocks of two smallest sets of best ones: the set of all
+    blocks that holds this share of the softmax mass over all keys, and the set of generation blocks
+    that holds it of the softmax over their keys. Where scores are no numbers all stay.
+
     scores, gen_scores: from block_scores
     tables: written, in the rows of the layout's query blocks, with ids in ascending order and
     their number; wide enough for selection.most_kept
     """
     counts = selection.host.T.tolist()
+    shares = None if selection.mass is None else selection.mass.tolist()
     for place, sequence in layout.sequences():
         pages, rows = tables.rows(sequence)
         tiles = slice(sequence.tile_start, sequence.tile_start + len(rows))
@@ -187,6 +192,8 @@ def select_blocks(
         for head in range(scores.shape[0]):
             own, own_gen = (x[head, tiles, :num_key_blocks] for x in (scores, gen_scores))
             chosen = _chosen(own, own_gen, *counts[place])
+            if shares is not None:
+                chosen &= _needed(own, own_gen, counts[place][FIRST_GEN], shares[place])
             count = chosen.sum(-1)
             ids = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)[:, : int(count.max())]
             tables.kept[pages, rows, head, : ids.shape[1]] = ids.to(tables.kept.dtype)
@@ -206,6 +213,27 @@ def _best(scores: Tensor, count: int) -> Tensor:
     """Where scores [rows, ids] has the `count` highest of a row."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+def _needed(scores: Tensor, gen_scores: Tensor, first_gen: int, share: float) -> Tensor:
+    """As in _chosen, the blocks that hold `share` of the mass"""
+    needed = _holding(scores, share)
+    needed[:, first_gen:] |= _holding(gen_scores[:, first_gen:], share)
+    return needed
+
+
+def _holding(scores: Tensor, share: float) -> Tensor:
+    """Where scores [rows, ids] has the highest of a row that hold `share` of its sum, and no more.
+
+    A row's scores sum to the number of its query rows by tile * tile, so that a share of their sum
+    is one of its softmax mass. Sums are in float64: in float32 their order would decide.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    held = scores.double().gather(1, order).cumsum(-1)
+    before = torch.nn.functional.pad(held[:, :-1], (1, 0))
+    # Of NaN and of nothing there is never enough.
+    is_enough = (before >= share * held[:, -1:]) & (before > 0)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, ~is_enough)
 
 
 def block_sparse_attention(

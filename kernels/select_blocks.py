@@ -38,6 +38,7 @@ def select_blocks(
             gen_scores,
             layout.columns,
             selection.counts,
+            selection.mass,
             layout.num_seqs,
             layout.tile,
             tables.kept,
@@ -53,6 +54,7 @@ def select_blocks(
             tables.num_kept.stride(2),
             tables.pages.stride(0),
             WIDTH=width,
+            BY_MASS=selection.mass is not None,
             num_warps=min(max(width // 256, 1), 8),
         )
 
@@ -62,16 +64,20 @@ def width_for(key_blocks: int) -> int:
     return next(width for width in WIDTHS if width >= key_blocks)
 
 
-def compile_up_to(max_key_blocks: int, ids: torch.dtype, device: torch.device | str) -> None:
+def compile_up_to(
+    max_key_blocks: int, ids: torch.dtype, device: torch.device | str, *, by_mass: bool = False
+) -> None:
     """Compile what sequences of up to `max_key_blocks` need, before one of them comes.
 
     ids: the type of the tables
     """
     for width in WIDTHS[: WIDTHS.index(width_for(max_key_blocks)) + 1]:
-        _select_in_vain(min(width, max_key_blocks), ids, device)
+        _select_in_vain(min(width, max_key_blocks), ids, device, by_mass)
 
 
-def _select_in_vain(key_blocks: int, ids: torch.dtype, device: torch.device | str) -> None:
+def _select_in_vain(
+    key_blocks: int, ids: torch.dtype, device: torch.device | str, by_mass: bool
+) -> None:
     """A selection for one sequence of one block, beside scores of `key_blocks`."""
     layout = BatchLayout.of(
         PAGE,
@@ -83,7 +89,7 @@ def _select_in_vain(key_blocks: int, ids: torch.dtype, device: torch.device | st
         key_lens=[1, key_blocks * PAGE],
         page_rows=[0, 0],
     )
-    selection = Selection.of(layout, [0, 0], [1.0, 1.0])
+    selection = Selection.of(layout, [0, 0], [1.0, 1.0], [0.5, 0.5] if by_mass else [])
     scores, gen_scores = (torch.zeros(1, 1, key_blocks, device=device) for _ in range(2))
     kept = torch.empty(1, 1, 1, 1, dtype=ids, device=device)
     pages = torch.zeros(1, 1, dtype=torch.int32, device=device)
@@ -105,13 +111,21 @@ def _select_in_vain(key_blocks: int, ids: torch.dtype, device: torch.device | st
         "stride_num_head",
         "stride_pages",
     ],
-    do_not_specialize_on_alignment=["columns", "counts", "kept_ptr", "num_kept_ptr", "pages_ptr"],
+    do_not_specialize_on_alignment=[
+        "columns",
+        "counts",
+        "mass_ptr",
+        "kept_ptr",
+        "num_kept_ptr",
+        "pages_ptr",
+    ],
 )
 def _select_blocks_kernel(
     scores_ptr,
     gen_scores_ptr,
     columns,
     counts,
+    mass_ptr,
     num_seqs,
     block_size,
     kept_ptr,
@@ -127,6 +141,7 @@ def _select_blocks_kernel(
     stride_num_head,
     stride_pages,
     WIDTH: tl.constexpr,
+    BY_MASS: tl.constexpr,
 ):
     """Program (query block, head)."""
     block = tl.program_id(0)
@@ -144,8 +159,12 @@ def _select_blocks_kernel(
     scores = tl.load(scores_ptr + scores_row, mask=exists, other=0.0)
     chosen = _best(scores, exists, keep_all) & (ids < first_gen)
     generated = exists & (ids >= first_gen)
-    scores = tl.load(gen_scores_ptr + scores_row, mask=generated, other=0.0)
-    chosen = chosen | _best(scores, generated, keep_gen)
+    gen_scores = tl.load(gen_scores_ptr + scores_row, mask=generated, other=0.0)
+    chosen = chosen | _best(gen_scores, generated, keep_gen)
+    if BY_MASS:
+        share = tl.load(mass_ptr + sequence)
+        needed = _holding(scores, exists, share) | _holding(gen_scores, generated, share)
+        chosen = chosen & needed
 
     count = tl.sum(chosen.to(tl.int32), 0)
     id_type = kept_ptr.dtype.element_ty
@@ -173,3 +192,32 @@ def _best(scores, eligible, count):
     ties = bits == lowest
     room = count - tl.sum(above.to(tl.int32), 0)
     return above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def _holding(scores, eligible, share):
+    """Where the highest eligible scores are that hold `share` of the sum of all, and no more.
+
+    Of equal ones those of lower ids. Found bit by bit, as in _best. Sums are in float64: in float32
+    their order would decide.
+    """
+    bits = tl.where(eligible, scores.to(tl.int32, bitcast=True), -1)
+    mass = tl.where(eligible, scores, 0.0).to(tl.float64)
+    enough = share * tl.sum(mass, 0)
+    lowest = 0
+    for step in tl.range(0, 31):
+        candidate = lowest | (1 << (30 - step))
+        held = tl.sum(tl.where(bits >= candidate, mass, 0.0), 0)
+        lowest = tl.where(_is_enough(held, enough), candidate, lowest)
+    above = bits > lowest
+    ties = bits == lowest
+    each = tl.max(tl.where(ties, mass, 0.0), 0)
+    num_before = tl.cumsum(ties.to(tl.int32), 0) - 1
+    before = tl.sum(tl.where(above, mass, 0.0), 0) + num_before * each
+    return above | (ties & (_is_enough(before, enough) == 0))
+
+
+@triton.jit
+def _is_enough(held, enough):
+    """Of NaN and of nothing there is never enough."""
+    return (held >= enough) & (held > 0)

@@ -22,7 +22,7 @@ COMPILED = {
     "_prompt_scores_kernel": 2,
     "_dense_attention_kernel": 2,
     "_block_scores_kernel": 2 + 2 + 2,
-    "_select_blocks_kernel": 2,
+    "_select_blocks_kernel": 2 * 2,
     "_draw_uniform_kernel": 1,
     "_least_keys_kernel": 1,
     "_note_tiles_kernel": 2,

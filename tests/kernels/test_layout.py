@@ -112,6 +112,17 @@ def test_a_selection_counts_the_blocks_of_each_sequence():
     assert selection.host[[FIRST_GEN, KEEP_ALL, KEEP_GEN], 2].tolist() == [2, 3, 1]
     assert selection.most_kept == 6
     assert np.array_equal(selection.counts.cpu().numpy(), selection.host)
+    assert selection.mass is None
+
+
+def test_a_selection_knows_the_mass_that_is_enough_for_each_sequence():
+    layout = BatchLayout.of(16, DEVICE, **columns_of([160, 0, 40]))
+    of = (layout, [90, 0, 40], [0.3, 1.0, 1.0])
+    assert Selection.of(*of, [None] * 3).mass is None
+    selection = Selection.of(*of, [None, 0.9, 0.95])
+    assert selection.mass.tolist() == [float("inf"), 0.9, 0.95]
+    assert selection.only(2).mass.tolist() == [0.95]
+    assert np.array_equal(selection.host, Selection.of(*of).host)
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Scores -> lists of kept blocks: the kernel and its twin, which must agree to the bit."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -52,16 +55,27 @@ def run(batch, scores, select, device, width=None, **options):
     return BlockTables(written.kept.cpu(), written.num_kept.cpu(), tables.pages)
 
 
-def expected_ids(scores, gen_scores, length, first_gen, share, block_size):
+def expected_ids(scores, gen_scores, length, first_gen, share, block_size, mass=None):
     """Of one row, by sorting (score, id) pairs."""
     count = -(-length // block_size)
     keep_all, keep_gen = keep_counts(count, first_gen, share)
-    best = sorted(range(count), key=lambda i: (-scores[i], i))[:keep_all]
-    generated = sorted(range(first_gen, count), key=lambda i: (-gen_scores[i], i))[:keep_gen]
-    return sorted({i for i in best if i < first_gen} | set(generated))
+    best = sorted(range(count), key=lambda i: (-scores[i], i))
+    generated = sorted(range(first_gen, count), key=lambda i: (-gen_scores[i], i))
+    kept = {i for i in best[:keep_all] if i < first_gen} | set(generated[:keep_gen])
+    if mass is not None:
+        kept &= holding(best, scores, mass) | holding(generated, gen_scores, mass)
+    return sorted(kept)
 
 
-def check(batch, scores, select, device, share=0.3, **options):
+def holding(ids, scores, mass):
+    """The first ids that hold the share of all ids' scores."""
+    total, held = math.fsum(scores[i] for i in ids), []
+    while math.fsum(scores[i] for i in held) < mass * total:
+        held.append(ids[len(held)])
+    return set(held)
+
+
+def check(batch, scores, select, device, share=0.3, mass=None, **options):
     tables = run(batch, scores, select, device, **options)
     for place, sequence in batch.layout.sequences():
         first_gen = int(batch.selection.host[FIRST_GEN, place])
@@ -70,7 +84,8 @@ def check(batch, scores, select, device, share=0.3, **options):
         ):
             for head in range(batch.q.shape[1]):
                 pair = (s[head, tile].tolist() for s in scores)
-                ids = expected_ids(*pair, sequence.key_len, first_gen, share, batch.layout.tile)
+                size = batch.layout.tile
+                ids = expected_ids(*pair, sequence.key_len, first_gen, share, size, mass)
                 assert tables.num_kept[page, row, head] == len(ids)
                 assert tables.kept[page, row, head, : len(ids)].tolist() == ids
 
@@ -200,12 +215,86 @@ def test_4096_key_blocks_are_selected_from(select, device):
         assert kept[row][: tables.num_kept[row]].tolist() == ids
 
 
+@both
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.9, 0.99])
+def test_by_mass_the_best_are_listed_until_they_hold_it(mass, share, select, device):
+    batch = make_batch([*RAGGED, (200, 145)], 16, select=share, mass=mass)
+    scores = peaked_scores(batch) if share == 1 else random_scores(batch)
+    check(batch, scores, select, device, share, mass)
+
+
+def peaked_scores(batch):
+    """Of which the best few hold most."""
+    return [torch.where(s >= 0, s.pow(9), s) for s in random_scores(batch)]
+
+
+@both
+@pytest.mark.parametrize("levels", [1, 3])
+def test_by_mass_the_lower_of_equal_blocks_wins(levels, select, device):
+    batch = make_batch([(120, 60), (70, 10)], 16, select=1.0, mass=0.5)
+    scores = [1 + s for s in random_scores(batch, levels)]
+    check(batch, scores, select, device, share=1.0, mass=0.5)
+
+
+@both
+def test_where_one_block_has_all_mass_it_is_listed_and_one_of_the_generation(select, device):
+    batch = make_batch([(160, 80)], 16, select=1.0, mass=0.99)
+    scores, gen_scores = (torch.zeros_like(s) for s in random_scores(batch))
+    scores[..., 3] = 0.06
+    gen_scores[..., :5], gen_scores[..., 7] = float("-inf"), 0.06
+    tables = run(batch, (scores, gen_scores), select, device)
+    assert listed(batch, tables).nonzero()[:, 2].tolist() == [3, 7] * 2 * 10
+
+
+@both
+@pytest.mark.parametrize(("mass", "is_bounded"), [(0.2, False), (0.999, True)])
+def test_the_number_bounds_what_holds_a_mass(mass, is_bounded, select, device):
+    batch = make_batch([(300, 200), (97, 30)], 16, mass=mass)
+    scores = random_scores(batch)
+    by_number = replace(batch, selection=replace(batch.selection, mass=None))
+    number = listed(batch, run(by_number, scores, select, device))
+    mine = listed(batch, run(batch, scores, select, device))
+    assert (mine <= number).all() and mine.any(-1).all()
+    assert torch.equal(mine, number) == is_bounded
+
+
+@both
+def test_a_batch_mate_that_selects_by_mass_changes_no_list(select, device):
+    batch = make_batch([(160, 80), (300, 200)], 16)
+    scores = random_scores(batch)
+    alone = listed(batch, run(batch, scores, select, device))
+    mass = torch.tensor([math.inf, 0.5], dtype=torch.float64)
+    mixed = replace(batch, selection=replace(batch.selection, mass=mass))
+    together = listed(batch, run(mixed, scores, select, device))
+    assert torch.equal(together[:, :10], alone[:, :10])
+    assert not torch.equal(together[:, 10:], alone[:, 10:])
+
+
+@both
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_where_scores_hold_no_mass_all_of_the_number_is_kept(value, select, device):
+    batch = make_batch([(160, 80), (50, 20)], 16)
+    scores = random_scores(batch)
+    for s in scores:
+        s[:, ::2] = torch.where(s[:, ::2] >= 0, value, s[:, ::2])
+    by_number = listed(batch, run(batch, scores, select, device))
+    mass = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    by_mass = replace(batch, selection=replace(batch.selection, mass=mass))
+    assert torch.equal(
+        listed(batch, run(by_mass, scores, select, device))[:, ::2], by_number[:, ::2]
+    )
+
+
+@pytest.mark.parametrize("by_mass", [False, True])
 @pytest.mark.parametrize(("most", "widths"), [(1, [256]), (257, [256, 1024]), (1024, [256, 1024])])
-def test_every_width_up_to_the_longest_sequence_is_compiled_beforehand(most, widths, monkeypatch):
+def test_every_width_up_to_the_longest_sequence_is_compiled_beforehand(
+    most, widths, by_mass, monkeypatch
+):
     tried = []
     width_for = module.width_for
     monkeypatch.setattr(module, "width_for", lambda n: tried.append(width_for(n)) or tried[-1])
-    module.compile_up_to(most, torch.int16, DEVICE)
+    module.compile_up_to(most, torch.int16, DEVICE, by_mass=by_mass)
     assert tried[1:] == widths  # after the longest one's own
     assert set(map(width_for, range(1, most + 1))) == set(widths)
 

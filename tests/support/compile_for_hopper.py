@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Compiles every kernel for Hopper on a machine without a GPU, prints their PTX. Run by a test."""
 
+from dataclasses import replace
+
 import canvas_cases
 import torch
 from kernel_cases import make_batch, scattered_tables
@@ -64,8 +66,9 @@ def call_triton():
         attend(batch, block_sparse_attention.block_sparse_attention, tables_for(batch))
         score(batch, block_scores.block_scores, lse_for(batch))
         scores = score(batch, block_scores.block_scores, None)
-        of = (batch.layout, batch.selection)
-        select_blocks.select_blocks(*scores, *of, tables_for(batch))
+        mass = torch.ones(1, dtype=torch.float64)
+        for selection in (batch.selection, replace(batch.selection, mass=mass)):
+            select_blocks.select_blocks(*scores, batch.layout, selection, tables_for(batch))
 
 
 def call_choice():

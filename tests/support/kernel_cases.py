@@ -66,7 +66,9 @@ class Batch:
         parts = (self.q, self.k, self.v)
         q, k, v = torch.cat(parts, 1).to(device).split([x.shape[1] for x in parts], dim=1)
         layout = replace(self.layout, columns=self.layout.columns.to(device))
-        selection = replace(self.selection, counts=self.selection.counts.to(device))
+        mass = self.selection.mass
+        mass = None if mass is None else mass.to(device)
+        selection = replace(self.selection, counts=self.selection.counts.to(device), mass=mass)
         return Batch(q, k, v, layout, selection, self.scale)
 
     @property
@@ -88,7 +90,9 @@ class Batch:
         tile, host = self.layout.tile, self.layout.host[:, places]
         device = self.layout.columns.device
         counts = np.ascontiguousarray(self.selection.host[:, places])
-        selection = Selection(counts, torch.from_numpy(counts).to(device))
+        mass = self.selection.mass
+        mass = None if mass is None else mass[list(places)]
+        selection = Selection(counts, torch.from_numpy(counts).to(device), mass)
         return replace(self, layout=layout_of(tile, host, device), selection=selection)
 
     def windows(self, windows: Sequence[tuple[int, int]]) -> "Batch":
@@ -117,6 +121,7 @@ def make_batch(
     head_dim: int = 32,
     dtype: torch.dtype = torch.float32,
     select: float = 0.3,
+    mass: float | None = None,
     spread: float = 1.0,
 ) -> Batch:
     """Normal q, k, v on the CPU, q times `spread`, as slices of one tensor.
@@ -135,7 +140,8 @@ def make_batch(
         key_lens=lengths,
         page_rows=torch.randperm(len(sizes) + 1)[: len(sizes)],
     )
-    selection = Selection.of(layout, [prompt for _, prompt in sizes], [select] * len(sizes))
+    prompts, each = [prompt for _, prompt in sizes], len(sizes)
+    selection = Selection.of(layout, prompts, [select] * each, [mass] * each)
     fused = torch.randn(size, heads[0] + 2 * heads[1], head_dim)
     fused[:, : heads[0]] *= spread
     q, k, v = fused.to(dtype).split([heads[0], heads[1], heads[1]], dim=1)

@@ -157,6 +157,7 @@ def settings(method: ReuseMethod) -> dict[str, Any]:
         "refresh": reuse and reuse.refresh,
         "choice": reuse and reuse.choice,
         "sparse": method.table == "recorded",
+        "mass": method.mass,
         "block_length": method.block_length,
         "experiment": dict(method.experiment),
     }

@@ -143,7 +143,7 @@ class RequestReader:
                 "sparsed_block_size",
                 sparsity.block_size,
                 f"large enough to keep less than {limit} key blocks a token: with select "
-                f"{sparsity.select} and {length} tokens it keeps {ids} a block",
+                f"{sparsity.select} and {length} tokens it may keep {ids} a block",
                 "Use larger blocks or a smaller sparsed_select, or raise sparsed.table_ids.",
             )
 

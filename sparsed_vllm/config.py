@@ -10,6 +10,8 @@ from sparsed_vllm.params import BadRequest, Field, flag, integer, number
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
+_ALL = 1.0  # `select` where a mass is given and no number: else a row might not hold it
+
 CROSSOVER = 8192
 """Tokens from which a sparse step is at least a tenth faster than a dense one on an H100.
 
@@ -23,10 +25,12 @@ not measured and use the same length.
 class SparseConfig:
     """An engine's defaults, from `--additional-config '{"sparsed": {...}}'`.
 
-    The names are the authors' (arXiv 2509.24014).
+    The names are the authors' (arXiv 2509.24014), but for mass.
     skip: share of the steps that run in full before the pattern is recorded
     select: share of the key blocks that later steps attend to
     block_size: tokens of a block, of queries and of keys
+    mass: share of the softmax mass that is enough: of the blocks that `select` keeps, a row keeps
+        those that hold it; None: all of them
     min_length: tokens of prompt and canvas from which a request that does not say runs sparse
     table_ids: entries that a page has for tables, for each token, layer and head: what a request
         with small blocks must fit, and what its pages cost
@@ -35,13 +39,15 @@ class SparseConfig:
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
+    mass: float | None = None
     min_length: int = CROSSOVER
     table_ids: int = 8
 
     @classmethod
     def of(cls, additional_config: object) -> "SparseConfig":
         """The settings under the key `sparsed`. Raises BadRequest (a ValueError)."""
-        return cls(**read_section("sparsed", additional_config, SECTION_FIELDS))
+        given = read_section("sparsed", additional_config, SECTION_FIELDS)
+        return cls(**{"select": _ALL, **given} if "mass" in given else given)
 
 
 def read_section(
@@ -65,6 +71,7 @@ class Sparsity:
     skip: float
     select: float
     block_size: int
+    mass: float | None = None
 
 
 SECTION_FIELDS = {
@@ -80,6 +87,12 @@ SECTION_FIELDS = {
         f"one of {', '.join(map(str, BLOCK_SIZES))}",
         "Use 128 for long contexts, 32 for short ones.",
     ),
+    "mass": Field(
+        number,
+        lambda share: 0 < share < 1,
+        "a number in (0, 1)",
+        "Use 0.95, or leave it out to keep blocks by their number alone.",
+    ),
     "min_length": Field(
         integer, lambda length: length >= 0, "an integer of at least 0", "Use 0 for no limit."
     ),
@@ -93,6 +106,7 @@ REQUEST_FIELDS = {
     "sparsed_skip": SECTION_FIELDS["skip"],
     "sparsed_select": SECTION_FIELDS["select"],
     "sparsed_block_size": SECTION_FIELDS["block_size"],
+    "sparsed_mass": SECTION_FIELDS["mass"],
 }
 """A request's own settings, in `extra_args` or `vllm_xargs`."""
 
@@ -112,6 +126,9 @@ def choose_sparsity(
         if name in extra_args
     }
     wanted = given.pop("use_sparsed", None)
+    if wanted is False and "sparsed_mass" in given:
+        allowed = "absent when use_sparsed is 0"
+        raise BadRequest("sparsed_mass", given["sparsed_mass"], allowed, "Drop one of the two.")
     if config is None:
         if wanted or (given and wanted is None):
             name = "use_sparsed" if wanted else next(iter(given))
@@ -122,8 +139,9 @@ def choose_sparsity(
         return None
     return Sparsity(
         skip=given.get("sparsed_skip", config.skip),
-        select=given.get("sparsed_select", config.select),
+        select=given.get("sparsed_select", _ALL if "sparsed_mass" in given else config.select),
         block_size=given.get("sparsed_block_size", config.block_size),
+        mass=given.get("sparsed_mass", config.mass),
     )
 
 

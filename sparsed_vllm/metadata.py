@@ -289,5 +289,10 @@ def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> 
 
 def _selection(batch: DenoisingBatch, layout: BatchLayout, seqs: list[int]) -> Selection:
     plans = [batch.requests[i].plan for i in seqs]
-    selects = [plan.sparsity.select for plan in plans if plan.sparsity is not None]
-    return Selection.of(layout, [plan.prompt_len for plan in plans], selects)
+    settings = [plan.sparsity for plan in plans if plan.sparsity is not None]
+    return Selection.of(
+        layout,
+        [plan.prompt_len for plan in plans],
+        [sparsity.select for sparsity in settings],
+        [sparsity.mass for sparsity in settings],
+    )

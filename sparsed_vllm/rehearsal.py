@@ -30,11 +30,11 @@ def rehearse(
 ) -> None:
     """Record and follow a small table, and select for every length that a request may have.
 
-    Requests with blocks of another size than the engine's still compile the kernels of their own
-    once. Raises what a kernel raises.
+    Requests with blocks of another size than the engine's, or with a mass where it has none, still
+    compile the kernels of their own once. Raises what a kernel raises.
     """
     length = 2 * PAGE
-    sparsity = Sparsity(0.0, config.select, config.block_size)
+    sparsity = Sparsity(0.0, config.select, config.block_size, config.mass)
     params = DenoisingParams(PAGE, _STEPS, PAGE, "low_confidence")
     request = DenoisingRequest(0, Plan(params, sparsity, length - PAGE), 0)
     heads = (impl.num_heads, impl.num_kv_heads, impl.num_kv_heads)
@@ -58,6 +58,8 @@ def rehearse(
         _step_lightly(impl, q, k, v, cache, config.block_size)
     most = num_blocks(impl.max_model_len, min(BLOCK_SIZES))
     api.compile_selection(most, impl.pages.tables.dtype, device)
+    if config.mass is not None:
+        api.compile_selection(most, impl.pages.tables.dtype, device, by_mass=True)
 
 
 def _step_lightly(

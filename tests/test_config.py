@@ -36,6 +36,10 @@ def test_an_engine_sets_its_own_defaults():
         ("block_size", 48),
         ("block_size", 128.0),
         ("block_size", 256),
+        ("mass", 0),
+        ("mass", 1),
+        ("mass", math.nan),
+        ("mass", "0.9"),
         ("min_length", -1),
         ("table_ids", 0),
         ("keep", 0.3),
@@ -63,9 +67,36 @@ def test_a_request_has_its_own_settings():
     assert choose_sparsity(DEFAULTS, given, 1) == Sparsity(0, 1, 16)
 
 
+def test_a_mass_alone_may_keep_all_blocks_and_a_number_beside_it_bounds_them():
+    sparse, number = {"use_sparsed": 1, "sparsed_mass": 0.9}, {"sparsed_select": 0.4}
+    by_mass = SparseConfig.of({"sparsed": {"mass": 0.95}})
+    both = SparseConfig.of({"sparsed": {"mass": 0.95, "select": 0.5}})
+    assert choose_sparsity(DEFAULTS, sparse, 1) == Sparsity(0.2, 1.0, 128, 0.9)
+    assert choose_sparsity(DEFAULTS, sparse | number, 1) == Sparsity(0.2, 0.4, 128, 0.9)
+    for config, select in ((by_mass, 1.0), (both, 0.5)):
+        assert choose_sparsity(config, {"use_sparsed": 1}, 1) == Sparsity(0.2, select, 128, 0.95)
+        assert choose_sparsity(config, sparse, 1) == Sparsity(0.2, 1.0, 128, 0.9)
+        given = {"use_sparsed": 1, **number}
+        assert choose_sparsity(config, given, 1) == Sparsity(0.2, 0.4, 128, 0.95)
+
+
+@pytest.mark.parametrize("config", [DEFAULTS, None], ids=["sparse", "dense"])
+def test_a_request_that_runs_dense_by_its_own_word_has_no_mass(config):
+    given = {"use_sparsed": 0, "sparsed_mass": 0.9}
+    with pytest.raises(BadRequest, match="sparsed_mass must be absent when use_sparsed is 0"):
+        choose_sparsity(config, given, 1)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("sparsed_skip", 2), ("sparsed_select", 0), ("sparsed_block_size", 8), ("use_sparsed", "x")],
+    [
+        ("sparsed_skip", 2),
+        ("sparsed_select", 0),
+        ("sparsed_block_size", 8),
+        ("use_sparsed", "x"),
+        ("sparsed_mass", 1),
+        ("sparsed_mass", math.nan),
+    ],
 )
 def test_a_request_s_bad_settings_are_refused_at_any_length(field, value):
     with pytest.raises(BadRequest, match=f"{field} must be"):
@@ -75,7 +106,7 @@ def test_a_request_s_bad_settings_are_refused_at_any_length(field, value):
 def test_a_dense_backend_refuses_what_asks_for_sparsity():
     assert choose_sparsity(None, {}, 10**6) is None
     assert choose_sparsity(None, {"use_sparsed": 0}, 10**6) is None
-    for given in ({"use_sparsed": 1}, {"sparsed_select": 0.3}):
+    for given in ({"use_sparsed": 1}, {"sparsed_select": 0.3}, {"sparsed_mass": 0.9}):
         with pytest.raises(BadRequest, match="--attention-backend sparsed"):
             choose_sparsity(None, given, 10**6)
 

@@ -21,14 +21,15 @@ def impl_of(max_model_len=1000, holds_kv=False):
     return SparsedImpl(4, 32, 0.2, num_kv_heads=2, pages=pages, **sizes)
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
-def test_a_rehearsal_attends_records_and_follows(block_size, monkeypatch):
+@pytest.mark.parametrize(("block_size", "mass"), [(16, None), (128, None), (128, 0.9)])
+def test_a_rehearsal_attends_records_and_follows(block_size, mass, monkeypatch):
     ran, api = [], attention.api
     for name in ("dense_attention", "block_scores", "select_blocks", "block_sparse_attention"):
         monkeypatch.setattr(api, name, noting(ran, name, getattr(api, name)))
     compiled = []
-    monkeypatch.setattr(api, "compile_selection", lambda *args: compiled.append(args))
-    config = SparseConfig(block_size=block_size)
+    compile_selection = lambda *args, by_mass=False: compiled.append((*args, by_mass))  # noqa: E731
+    monkeypatch.setattr(api, "compile_selection", compile_selection)
+    config = SparseConfig(block_size=block_size, mass=mass)
     rehearsal.rehearse(impl_of(), config, dtype=torch.float32, device=CPU)
     assert ran == [
         "dense_attention",
@@ -38,7 +39,8 @@ def test_a_rehearsal_attends_records_and_follows(block_size, monkeypatch):
         "block_sparse_attention",
         "block_sparse_attention",
     ]
-    assert compiled == [(63, torch.int16, CPU)]
+    ways = [False] if mass is None else [False, True]
+    assert compiled == [(63, torch.int16, CPU, by_mass) for by_mass in ways]
 
 
 KERNELS = [

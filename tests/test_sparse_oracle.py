@@ -12,6 +12,7 @@ from sparse_oracle import (
     Sparsity,
     best_blocks,
     block_scores,
+    blocks_holding,
     closest_leads,
     over_places,
     select_blocks,
@@ -140,6 +141,35 @@ def test_selection_equals_a_loop_over_sorted_scores(length, gen_length, select):
         gen = top(gen_scores[head, row].tolist(), int((num_blocks - first_gen) * select) + 1)
         expected = {i for i in best if i < first_gen} | {first_gen + i for i in gen}
         assert set(masks[head, row].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("length, gen_length", [(96, 32), (100, 3), (33, 32), (300, 99)])
+@pytest.mark.parametrize("mass", [0.3, 0.6, 0.95])
+def test_by_mass_a_row_keeps_what_holds_it_and_not_a_block_more(length, gen_length, mass):
+    q, k = random_heads(length)
+    masks, leads = select_blocks(3 * q, k, Sparsity(mass=mass, block_size=16), gen_length)
+    first_gen = Sparsity(block_size=16).first_generation_block(length, gen_length)
+    logits = 3 * q.double() @ k.double().mT / 8**0.5
+    parts = [logits.softmax(-1), logits[..., 16 * first_gen :].softmax(-1)]
+    needed = torch.zeros_like(masks)
+    for first, weights in zip((0, first_gen), parts, strict=True):
+        for head, row in torch.cartesian_prod(
+            torch.arange(3), torch.arange(len(masks[0]))
+        ).tolist():
+            rows = weights[head, 16 * row : 16 * row + 16].sum(0) / min(16, length - 16 * row)
+            held = sorted(((float(x.sum()), first + i) for i, x in enumerate(rows.split(16))))[::-1]
+            count = next(n for n in range(1, 99) if sum(x for x, _ in held[:n]) >= mass)
+            needed[head, row, [block for _, block in held[:count]]] = True
+    assert torch.equal(masks, needed) and (leads > 0).all()
+
+
+def test_a_mass_that_some_blocks_hold_to_a_hair_is_a_tie():
+    scores = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]], dtype=torch.float64)
+    mask, leads = blocks_holding(scores, 0.75)
+    assert mask.tolist() == [[[True, True, False, False]]] and leads.item() == 0
+    mask, leads = blocks_holding(scores, 0.7)
+    assert mask.tolist() == [[[True, True, False, False]]]
+    assert leads.item() == pytest.approx(math.log(0.75 / 0.7))
 
 
 def top(scores: list[float], count: int) -> list[int]:

@@ -37,6 +37,7 @@ def page() -> str:
     """The whole file."""
     parts = [HEAD.rstrip(), *(_of_family(family) for family in FAMILIES)]
     sparse = asdict(config.SparseConfig())
+    sparse["select"] = f"{sparse['select']}, or 1 with a mass"
     request = {name: sparse.get(name.removeprefix("sparsed_")) for name in config.REQUEST_FIELDS}
     parts += ["", "### Sparse attention, all models", ""]
     parts += _table(config.REQUEST_FIELDS, request)

@@ -35,7 +35,9 @@ class SparseAttention:
         # Without a prompt every block is one of the generation: the selection is a plain one.
         front = prompt if method.isolated else 0
         self.layout = packed([prompt + canvas] * batch, block_size, device)
-        self.selection = api.Selection.of(self.layout, [front] * batch, [method.select] * batch)
+        self.selection = api.Selection.of(
+            self.layout, [front] * batch, [method.select] * batch, [method.mass] * batch
+        )
         self.tables: dict[int, api.BlockTables] = {}
 
     def __call__(self, step: int) -> Attention:

@@ -17,6 +17,7 @@ class Method:
     table: the key blocks of sparse steps: there are none; recorded once, as SparseD does; renewed
         at each sparse step; or those around the query block, at every step
     select, skip: SparseD's (arXiv 2509.24014); a window is as wide as SparseD's longest rows
+    mass: share of the softmax mass that is enough, of what `select` keeps
     shared: one list for all heads, by the mean of their scores
     isolated: prompt and generation blocks are selected apart
     sinks: first blocks that a window keeps
@@ -30,6 +31,7 @@ class Method:
     table: Table = "recorded"
     select: float = 0.3
     skip: float = 0.2
+    mass: float | None = None
     shared: bool = False
     isolated: bool = True
     sinks: int = 0
@@ -45,6 +47,7 @@ class Method:
             return None
         own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
         own |= {"sparsed_select": self.select, "sparsed_skip": self.skip}
+        own |= {} if self.mass is None else {"sparsed_mass": self.mass}
         return {"use_sparsed": 1, **own, **self._kept}
 
     @property
@@ -68,6 +71,13 @@ METHODS = {
         *(
             Method(f"blocks-{size}", f"select 0.3, blocks of {size}", block_size=size)
             for size in (64, 128)
+        ),
+        *(
+            Method(f"mass-{share}", f"by mass, {share}", select=1.0, mass=share)
+            for share in (0.9, 0.95, 0.99)
+        ),
+        Method(
+            "mass-0.95-128", "by mass, 0.95, blocks of 128", select=1.0, mass=0.95, block_size=128
         ),
         Method("no-warm-up", "select 0.3, skip 0", skip=0.0),
         Method("shared", "select 0.3, one list for all heads", shared=True),

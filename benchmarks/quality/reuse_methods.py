@@ -3,6 +3,7 @@
 """The ways to reuse keys and values that are compared, by name.
 
     reuse-0.02-every-2-refresh-8-sparse    selective refresh with these settings, by the engine
+    reuse-0.02-mass-0.95                   with tables of what holds this mass
     cached-8, dual-16                      Fast-dLLM's prefix and dual cache, blocks of so many
     plain                                  every step computes all, by the caches' network
     dense, sparsed-0.3                     exact requests
@@ -57,11 +58,11 @@ def method_of(name: str) -> ReuseMethod:
 
 
 CACHES: dict[str, Cache] = {"cached": "prefix", "dual": "dual"}
-FIELDS = ("every", "refresh", "blocks", "by")
+FIELDS = ("every", "refresh", "blocks", "by", "mass")
 NAMES = (
     "those are dense, sparsed-0.3, plain, cached-BLOCK, dual-BLOCK and reuse-SHARE, which takes "
-    f"-every-N, -refresh-N, -blocks-N, -by-{', -by-'.join(CHOICES)}, -sparse and, of experiments, "
-    + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
+    f"-every-N, -refresh-N, -blocks-N, -by-{', -by-'.join(CHOICES)}, -sparse, -mass-SHARE and, of "
+    "experiments, " + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
 )
 
 
@@ -86,6 +87,8 @@ def _with(method: ReuseMethod, field: str, value: str) -> ReuseMethod:
         return replace(method, experiment=(*method.experiment, (field, value)))
     if field == "blocks":
         return replace(method, block_length=int(value))
+    if field == "mass":
+        return replace(method, table="recorded", select=1.0, mass=float(value))
     if field == "by":
         if value not in CHOICES:
             raise ValueError(f"{value} is no choice; {NAMES}")

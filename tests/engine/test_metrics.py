@@ -87,13 +87,14 @@ def test_steps_and_requests_are_counted_by_kind(llada, rise):
     }
 
 
-def test_kept_blocks_are_those_of_the_published_pattern(llada, llada_path, rise):
+@pytest.mark.parametrize("own", [{}, {"mass": 0.6}], ids=str)
+def test_kept_blocks_are_those_of_the_pattern(llada, llada_path, rise, own):
     prompts = [[i * 7 % 256 for i in range(length)] for length in (33, 200)]
     runs = [
         sparse_llada_generate(
             oracle.load_llada(llada_path),
             prompt,
-            sparsity=Sparsity(block_size=16),
+            sparsity=Sparsity(block_size=16, **own),
             steps=10,
             gen_length=16,
             block_length=16,
@@ -103,7 +104,8 @@ def test_kept_blocks_are_those_of_the_published_pattern(llada, llada_path, rise)
     ]
     assert not any(run.met_a_tie() for run in runs), "choose other prompts"
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    llada.generate(requests, params(SPARSE), use_tqdm=False)
+    asked = {f"sparsed_{name}": value for name, value in own.items()}
+    llada.generate(requests, params({**SPARSE, **asked}), use_tqdm=False)
     assert rise()["sparsed_kept_blocks",] == sum(int(run.masks.sum()) for run in runs)
     assert rise()["sparsed_possible_blocks",] == sum(run.masks.numel() for run in runs)
 

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """SparseD inside the engine: its tokens against the oracle's, in any batch."""
 
+import math
 import random
 
 import oracle
@@ -17,6 +18,7 @@ from sparsed_vllm.kernels import api
 pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 17, 100, 301)
+BOUNDED = {"sparsed_mass": 0.5, "sparsed_select": 0.5}
 LLADA_CASES = [
     {"max_tokens": 32, "steps": 16, "sparsed_block_size": 32},
     {"max_tokens": 32, "steps": 16, "block_length": 8, "sparsed_block_size": 16},
@@ -24,11 +26,13 @@ LLADA_CASES = [
     {"max_tokens": 24, "steps": 24, "sparsed_block_size": 64, "sparsed_skip": 0.5},
     {"max_tokens": 32, "steps": 8, "sparsed_block_size": 128, "sparsed_skip": 0},
     {"max_tokens": 32, "steps": 32, "threshold": 0.05, "sparsed_block_size": 16},
+    {"max_tokens": 32, "steps": 12, "sparsed_block_size": 16, "sparsed_mass": 0.6},
+    {"max_tokens": 32, "steps": 8, "block_length": 8, **BOUNDED, "sparsed_block_size": 32},
 ]
 DREAM_CASES = [
     {"max_tokens": 32, "steps": 16, "alg": alg, "sparsed_block_size": 16}
     for alg in ("maskgit_plus", "topk_margin", "entropy")
-]
+] + [{"max_tokens": 32, "steps": 12, "alg": "entropy", "sparsed_block_size": 16, **BOUNDED}]
 
 
 def prompts():
@@ -129,6 +133,7 @@ def mixed_requests():
         sparse = {"use_sparsed": 1, "sparsed_block_size": draw.choice((16, 32, 64))}
         sparse["sparsed_skip"] = draw.choice((0, 0.2, 0.6))
         sparse["sparsed_select"] = draw.choice((0.1, 0.3, 0.5))
+        sparse |= draw.choice(({}, {"sparsed_mass": 0.4}))
         extras.append({"steps": draw.choice((8, 16)), **draw.choice(({}, sparse, sparse))})
     return batch, extras
 
@@ -253,6 +258,20 @@ def test_an_engine_s_own_defaults_hold(llada, llada_path):
     eager = start_engine(llada_path, additional_config=settings)
     extra = {"use_sparsed": 1, "sparsed_block_size": 16, "sparsed_select": 0.1}
     assert generate(eager, prompts(), {}) == generate(llada, prompts(), extra)
+
+
+BAD = [
+    ({"sparsed_mass": 1}, r"sparsed_mass must be a number in \(0, 1\), got 1\. Use 0\.95"),
+    ({"sparsed_mass": math.nan}, r"sparsed_mass must be a number in \(0, 1\), got nan"),
+    ({"sparsed_mass": 0.9, "use_sparsed": 0}, "sparsed_mass must be absent when use_sparsed is 0"),
+    ({"sparsed_mass": 0.9, "variable_length": 1}, "must be absent when variable_length is set"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BAD, ids=str)
+def test_a_request_s_bad_settings_are_refused_by_name(llada, extra, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llada, prompts()[:1], {"use_sparsed": 1, "steps": 8, **extra})
 
 
 def test_an_engine_refuses_settings_it_does_not_know(llada_path):

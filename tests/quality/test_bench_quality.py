@@ -67,6 +67,14 @@ def test_a_shared_pattern_is_the_same_for_all_heads_and_others_are_not():
         assert all(row.count(row[0]) == len(row) for row in lists(attend)) == same
 
 
+def test_by_mass_rows_of_one_table_differ_in_length():
+    attend = attention(METHODS["mass-0.9"])
+    attend(3)(0, *(3 * x for x in heads()))
+    assert len({len(ids) for row in lists(attend) for ids in row}) > 1
+    assert 0 < attend.density < 1
+    assert METHODS["mass-0.9"].request.items() >= {"sparsed_mass": 0.9, "sparsed_select": 1}.items()
+
+
 def test_without_isolation_each_row_keeps_the_same_number():
     attend = attention(METHODS["together"])
     attend(3)(0, *heads())

@@ -30,6 +30,7 @@ def test_a_request_reuses_what_its_method_says(method):
     assert choose_reuse(config, method.request, num_steps=32) == method.reuse
     sparsity = choose_sparsity(SparseConfig(), method.request, length=1024)
     assert (sparsity is not None) == (method.table == "recorded")
+    assert sparsity is None or sparsity.mass == method.mass
 
 
 def test_methods_of_the_plain_network_reuse_nothing():
@@ -41,6 +42,8 @@ def test_a_name_says_all_settings():
     assert method.reuse == Reuse(0.02, 2, 8, "both")
     assert method.request["block_length"] == method.block_length == 16
     assert method.table == "recorded" and method.experiment == (("layers", "last2"), ("rows", "2"))
+    by_mass = method_of("reuse-0.02-mass-0.95")
+    assert (by_mass.table, by_mass.select, by_mass.mass) == ("recorded", 1.0, 0.95)
     assert (method_of("dual-8").cache, method_of("dual-8").block_length) == ("dual", 8)
 
 

@@ -3,7 +3,7 @@
 """What a request that runs SparseD must return: oracle.py's networks and loops, with L x L masks.
 
 Written after the authors' published code (github.com/INV-WZQ/SparseD; arXiv 2509.24014).
-The differences:
+Budgets by mass, which are ours, come last in select_blocks(). The differences:
   LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads), unless
     published_scale is set;
   scores are float64, and of equal scores the lower block wins;
@@ -23,8 +23,9 @@ from torch.nn.functional import linear, pad
 @dataclass(frozen=True)
 class Sparsity:
     skip: float = 0.2
-    select: float = 0.3
+    select: float | None = None  # None: 0.3, or with a mass all
     block_size: int = 32
+    mass: float | None = None  # of what `select` keeps, that which holds so much; None: all
     total_steps: int | None = None  # T of the paper; None: the steps of the request
     published_scale: bool = False  # divide scores by sqrt(num_heads)
 
@@ -37,7 +38,8 @@ class Sparsity:
         return math.ceil(length / self.block_size)
 
     def num_kept(self, num_blocks: int) -> int:
-        return min(int(num_blocks * self.select) + 1, num_blocks)
+        select = self.select or (0.3 if self.mass is None else 1.0)
+        return min(int(num_blocks * select) + 1, num_blocks)
 
     def first_generation_block(self, length: int, gen_length: int) -> int:
         """The first block of generated places only, or else the last block."""
@@ -125,7 +127,14 @@ def select_blocks(
         closest_leads(scores, mask, first_gen),
         closest_leads(gen_scores, gen_mask, gen_scores.shape[-1]),
     )
-    return torch.cat((mask[..., :first_gen], gen_mask), dim=-1), leads
+    kept = torch.cat((mask[..., :first_gen], gen_mask), dim=-1)
+    if sparsity.mass is not None:
+        needed, needed_leads = blocks_holding(scores, sparsity.mass)
+        gen_needed, gen_leads = blocks_holding(gen_scores, sparsity.mass)
+        needed[..., first_gen:] |= gen_needed
+        kept &= needed
+        leads = torch.stack((leads, needed_leads, gen_leads)).amin(dim=0)
+    return kept, leads
 
 
 def block_scores(q: Tensor, k: Tensor, block_size: int) -> Tensor:
@@ -144,6 +153,20 @@ def best_blocks(scores: Tensor, count: int) -> Tensor:
     """bool [..., blocks], where scores [..., blocks] has its count highest."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def blocks_holding(scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The fewest highest of scores [..., blocks] that hold the share of their sum, and leads.
+
+    A lead is also by how little, as ln(held / needed), some number of them holds it or does not.
+    """
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    held, enough = ranked.cumsum(dim=-1), share * scores.sum(dim=-1, keepdim=True)
+    count = 1 + (held < enough).sum(dim=-1, keepdim=True)
+    is_kept = torch.arange(scores.shape[-1]) < count
+    mask = torch.zeros_like(is_kept).scatter_(-1, order, is_kept)
+    leads = closest_leads(scores, mask, scores.shape[-1])
+    return mask, torch.minimum(leads, (held / enough).log().abs().amin(dim=-1))
 
 
 def closest_leads(scores: Tensor, mask: Tensor, stop: int) -> Tensor:

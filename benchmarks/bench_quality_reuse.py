@@ -158,6 +158,7 @@ def settings(method: ReuseMethod) -> dict[str, Any]:
         "choice": reuse and reuse.choice,
         "sparse": method.table == "recorded",
         "mass": method.mass,
+        "record": method.refresh,
         "block_length": method.block_length,
         "experiment": dict(method.experiment),
     }

@@ -18,7 +18,7 @@ from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, Sparsity, choose_s
 from sparsed_vllm.kernels.layout import most_kept, num_blocks
 from sparsed_vllm.limits import Limits
 from sparsed_vllm.models.registry import MODELS
-from sparsed_vllm.params import BadRequest, DenoisingParams, parse_params, shown
+from sparsed_vllm.params import BadRequest, DenoisingParams, check_periods, parse_params, shown
 from sparsed_vllm.reuse import ReuseConfig, choose_reuse
 from sparsed_vllm.steps import Plan
 
@@ -89,6 +89,7 @@ class RequestReader:
             _refuse_tables(extra_args)
             sparsity = None
         plan = Plan(denoising, sparsity, prompt_len, shift=int(self.family.shifts_logits))
+        check_periods(extra_args, ("sparsed_refresh",), plan.num_steps)
         if sparsity is not None:
             self._check_table(sparsity, length)
         by_threshold = denoising.threshold is not None

@@ -25,12 +25,13 @@ not measured and use the same length.
 class SparseConfig:
     """An engine's defaults, from `--additional-config '{"sparsed": {...}}'`.
 
-    The names are the authors' (arXiv 2509.24014), but for mass.
+    The names are the authors' (arXiv 2509.24014), but for mass and refresh.
     skip: share of the steps that run in full before the pattern is recorded
     select: share of the key blocks that later steps attend to
     block_size: tokens of a block, of queries and of keys
     mass: share of the softmax mass that is enough: of the blocks that `select` keeps, a row keeps
         those that hold it; None: all of them
+    refresh: the pattern is recorded again every so many steps; None: never
     min_length: tokens of prompt and canvas from which a request that does not say runs sparse
     table_ids: entries that a page has for tables, for each token, layer and head: what a request
         with small blocks must fit, and what its pages cost
@@ -40,6 +41,7 @@ class SparseConfig:
     select: float = 0.3
     block_size: int = 128
     mass: float | None = None
+    refresh: int | None = None
     min_length: int = CROSSOVER
     table_ids: int = 8
 
@@ -72,6 +74,7 @@ class Sparsity:
     select: float
     block_size: int
     mass: float | None = None
+    refresh: int | None = None
 
 
 SECTION_FIELDS = {
@@ -93,6 +96,9 @@ SECTION_FIELDS = {
         "a number in (0, 1)",
         "Use 0.95, or leave it out to keep blocks by their number alone.",
     ),
+    "refresh": Field(
+        integer, lambda n: n >= 1, "an integer of at least 1", "Leave it out to record once."
+    ),
     "min_length": Field(
         integer, lambda length: length >= 0, "an integer of at least 0", "Use 0 for no limit."
     ),
@@ -107,6 +113,7 @@ REQUEST_FIELDS = {
     "sparsed_select": SECTION_FIELDS["select"],
     "sparsed_block_size": SECTION_FIELDS["block_size"],
     "sparsed_mass": SECTION_FIELDS["mass"],
+    "sparsed_refresh": SECTION_FIELDS["refresh"],
 }
 """A request's own settings, in `extra_args` or `vllm_xargs`."""
 
@@ -126,9 +133,10 @@ def choose_sparsity(
         if name in extra_args
     }
     wanted = given.pop("use_sparsed", None)
-    if wanted is False and "sparsed_mass" in given:
-        allowed = "absent when use_sparsed is 0"
-        raise BadRequest("sparsed_mass", given["sparsed_mass"], allowed, "Drop one of the two.")
+    for name in ("sparsed_mass", "sparsed_refresh"):
+        if wanted is False and name in given:
+            allowed = "absent when use_sparsed is 0"
+            raise BadRequest(name, given[name], allowed, "Drop one of the two.")
     if config is None:
         if wanted or (given and wanted is None):
             name = "use_sparsed" if wanted else next(iter(given))
@@ -142,6 +150,7 @@ def choose_sparsity(
         select=given.get("sparsed_select", _ALL if "sparsed_mass" in given else config.select),
         block_size=given.get("sparsed_block_size", config.block_size),
         mass=given.get("sparsed_mass", config.mass),
+        refresh=given.get("sparsed_refresh", config.refresh),
     )
 
 

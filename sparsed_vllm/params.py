@@ -137,6 +137,14 @@ def word(value: Any) -> str:
     return value
 
 
+def check_periods(given: Mapping[str, Any], names: Collection[str], num_steps: int) -> None:
+    """What happens every so many steps fits into a request's. Raises BadRequest."""
+    for name in names:
+        if given.get(name, 1) > num_steps:
+            allowed = f"an integer in [1, {num_steps}] (the request's steps)"
+            raise BadRequest(name, given[name], allowed, "Lower it or leave it out.")
+
+
 def request_fields(
     family: Family, num_tokens: int, max_steps: int | None = None
 ) -> dict[str, Field]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsed_vllm.config import read_section
-from sparsed_vllm.params import BadRequest, Field, flag, integer, number, word
+from sparsed_vllm.params import BadRequest, Field, check_periods, flag, integer, number, word
 
 PRESET = "selective"
 """The word that switches an engine's reuse on, with the defaults of ReuseConfig."""
@@ -128,10 +128,7 @@ def choose_reuse(
             allowed = "absent on an engine started without reuse"
             raise BadRequest(name, extra_args[name], allowed, remedy)
         return None
-    for name in ("kv_every", "kv_refresh"):
-        if given.get(name, 1) > num_steps:
-            allowed = f"an integer in [1, {num_steps}] (the request's steps)"
-            raise BadRequest(name, given[name], allowed, "Lower it or leave it out.")
+    check_periods(given, ("kv_every", "kv_refresh"), num_steps)
     if wanted is None:
         wanted = bool(given) or config.by_default
     share = given.get("kv_share", config.share)

@@ -143,7 +143,7 @@ class Plan:
 
     @cached_property
     def recording_step(self) -> int | None:
-        """The step that records the table; None: there is none.
+        """The first step that records the table; None: there is none.
 
         With reuse the first, which computes all tokens anyway.
         """
@@ -187,7 +187,8 @@ class Plan:
         places were filled after their keys and values had been computed.
         """
         reuse, length = self.reuse, self.length_at(step)
-        if reuse is None or step == 0 or (reuse.refresh and step % reuse.refresh == 0):
+        is_whole = step == 0 or self.phase_of(step) is Phase.RECORDING
+        if reuse is None or is_whole or (reuse.refresh and step % reuse.refresh == 0):
             return Source.FRESH, 0, 0, length
         first = self.prompt_len + self._block_at(step - 1).start - self.shift
         if self.sparsity is not None:
@@ -197,10 +198,10 @@ class Plan:
 
     def phase_of(self, step: int) -> Phase:
         """How `step` attends."""
-        recording = self.recording_step
-        if recording is None or step < recording:
+        if self.recording_step is None:
             return Phase.DENSE
-        return Phase.RECORDING if step == recording else Phase.SPARSE
+        assert self.sparsity is not None
+        return _phase_of(step, self.recording_step, self.sparsity.refresh)
 
     def resume_step(self, num_final: int) -> int:
         """The step at which the request starts or, after a preemption, goes on.
@@ -255,16 +256,22 @@ class Cursor:
         return step
 
 
-def phase_of(step: int, num_steps: int, skip: float) -> Phase:
+def phase_of(step: int, num_steps: int, skip: float, refresh: int | None = None) -> Phase:
     """The phase of `step` of a request that runs sparse.
 
     num_steps: T of the paper;  skip: share of the steps before the table is recorded
+    refresh: it is recorded again every so many steps; None: never, as published
     Source: SparseD, arXiv 2509.24014.
     """
-    recording = recording_step(num_steps, skip)
-    if step == recording:
-        return Phase.RECORDING
-    return Phase.DENSE if step < recording else Phase.SPARSE
+    return _phase_of(step, recording_step(num_steps, skip), refresh)
+
+
+def _phase_of(step: int, recording: int, refresh: int | None) -> Phase:
+    """recording: the first step that records"""
+    if step < recording:
+        return Phase.DENSE
+    is_due = step == recording or (refresh is not None and (step - recording) % refresh == 0)
+    return Phase.RECORDING if is_due else Phase.SPARSE
 
 
 def recording_step(num_steps: int, skip: float) -> int:

@@ -28,7 +28,7 @@ class Progress:
     reason: why it runs sparse or dense: `length`, `request`, `backend` or `steps`
     cursor: the step it takes next;  steps: how many it took, by phase;  num_light: light ones
     num_rows: tokens that its steps computed;  num_chosen: of these, context that the device chose
-    num_final: places handed out;  table: its own since its recording step was heard of
+    num_final: places handed out;  table: the last that it is known to have recorded
     """
 
     cursor: Cursor

@@ -40,6 +40,9 @@ def test_an_engine_sets_its_own_defaults():
         ("mass", 1),
         ("mass", math.nan),
         ("mass", "0.9"),
+        ("refresh", 0),
+        ("refresh", 1.5),
+        ("refresh", math.nan),
         ("min_length", -1),
         ("table_ids", 0),
         ("keep", 0.3),
@@ -80,11 +83,21 @@ def test_a_mass_alone_may_keep_all_blocks_and_a_number_beside_it_bounds_them():
         assert choose_sparsity(config, given, 1) == Sparsity(0.2, 0.4, 128, 0.95)
 
 
+def test_a_table_is_recorded_again_where_the_request_or_else_the_engine_says_so():
+    again = SparseConfig.of({"sparsed": {"refresh": 8}})
+    sparse = {"use_sparsed": 1}
+    assert choose_sparsity(again, sparse, 1) == Sparsity(0.2, 0.3, 128, refresh=8)
+    for config in (DEFAULTS, again):
+        given = {**sparse, "sparsed_refresh": 5}
+        assert choose_sparsity(config, given, 1) == Sparsity(0.2, 0.3, 128, refresh=5)
+
+
 @pytest.mark.parametrize("config", [DEFAULTS, None], ids=["sparse", "dense"])
-def test_a_request_that_runs_dense_by_its_own_word_has_no_mass(config):
-    given = {"use_sparsed": 0, "sparsed_mass": 0.9}
-    with pytest.raises(BadRequest, match="sparsed_mass must be absent when use_sparsed is 0"):
-        choose_sparsity(config, given, 1)
+@pytest.mark.parametrize("own", [{"sparsed_mass": 0.9}, {"sparsed_refresh": 4}], ids=str)
+def test_what_a_request_that_chooses_dense_attention_says_of_tables_is_refused(config, own):
+    (name,) = own
+    with pytest.raises(BadRequest, match=f"{name} must be absent when use_sparsed is 0"):
+        choose_sparsity(config, {"use_sparsed": 0, **own}, 1)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +109,8 @@ def test_a_request_that_runs_dense_by_its_own_word_has_no_mass(config):
         ("use_sparsed", "x"),
         ("sparsed_mass", 1),
         ("sparsed_mass", math.nan),
+        ("sparsed_refresh", 0),
+        ("sparsed_refresh", 2.0),
     ],
 )
 def test_a_request_s_bad_settings_are_refused_at_any_length(field, value):
@@ -106,7 +121,8 @@ def test_a_request_s_bad_settings_are_refused_at_any_length(field, value):
 def test_a_dense_backend_refuses_what_asks_for_sparsity():
     assert choose_sparsity(None, {}, 10**6) is None
     assert choose_sparsity(None, {"use_sparsed": 0}, 10**6) is None
-    for given in ({"use_sparsed": 1}, {"sparsed_select": 0.3}, {"sparsed_mass": 0.9}):
+    own = ({"sparsed_select": 0.3}, {"sparsed_mass": 0.9}, {"sparsed_refresh": 4})
+    for given in ({"use_sparsed": 1}, *own):
         with pytest.raises(BadRequest, match="--attention-backend sparsed"):
             choose_sparsity(None, given, 10**6)
 
@@ -114,6 +130,17 @@ def test_a_dense_backend_refuses_what_asks_for_sparsity():
 def test_27_of_128_steps_are_dense_and_the_last_of_them_records():
     phases = [phase_of(step, 128, 0.2) for step in range(128)]
     assert phases == [Phase.DENSE] * 26 + [Phase.RECORDING] + [Phase.SPARSE] * 101
+
+
+def test_a_table_may_be_recorded_again_every_so_many_steps():
+    phases = [phase_of(step, 16, 0.2, refresh=5) for step in range(16)]
+    dense, recording, sparse = Phase.DENSE, Phase.RECORDING, Phase.SPARSE
+    again = [recording, *[sparse] * 4]
+    assert phases == [dense] * 4 + again * 2 + [recording, sparse]
+    assert [phase_of(step, 16, 0.2, refresh=1) for step in range(16)] == [
+        *[dense] * 4,
+        *[recording] * 12,
+    ]
 
 
 def test_a_short_request_may_never_record():

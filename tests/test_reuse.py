@@ -211,6 +211,25 @@ def test_with_reuse_the_first_step_records_the_table():
     assert plan_of(Reuse(0.1), steps=1, sparsity=Sparsity(0, 0.3, 16)).recording_step is None
 
 
+@pytest.mark.parametrize(
+    ("again", "refresh", "recording", "whole"),
+    [
+        (None, 4, [0], [0, 4, 8]),
+        (4, 4, [0, 4, 8], [0, 4, 8]),
+        (8, 4, [0, 8], [0, 4, 8]),
+        (3, None, [0, 3, 6, 9], [0, 3, 6, 9]),
+        (6, 4, [0, 6], [0, 4, 6, 8]),
+    ],
+)
+def test_a_step_that_records_again_computes_all_tokens(again, refresh, recording, whole):
+    sparsity = Sparsity(0.2, 0.3, 16, refresh=again)
+    plan = plan_of(Reuse(0.1, refresh=refresh), steps=10, sparsity=sparsity)
+    steps = [plan.at(step) for step in range(10)]
+    assert [i for i, step in enumerate(steps) if step.phase is Phase.RECORDING] == recording
+    assert [i for i, step in enumerate(steps) if step.source is Source.FRESH] == whole
+    assert all(step.phase is not Phase.DENSE for step in steps)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("sparsity", [None, Sparsity(0.2, 0.3, 32)], ids=str)
 @pytest.mark.parametrize("reuse", [Reuse(0), Reuse(0.1, 2), Reuse(0.9999), Reuse(0.02, 1, 3)])

@@ -43,6 +43,19 @@ def test_steps_are_counted_by_phase():
     }
 
 
+def test_tables_that_are_recorded_again_are_counted_again_and_the_last_is_the_request_s():
+    progress, tally = progress_of(Sparsity(0.2, 0.3, 16, refresh=3)), Tally()
+    take_all(progress, tally)
+    for kept in (30, 20):
+        table = TABLE._replace(kept=kept)
+        tally.record(table)
+        progress.note_table(table)
+    counts = tally.take()
+    assert (counts["steps/dense"], counts["steps/recording"], counts["steps/sparse"]) == (3, 3, 4)
+    assert (counts["tables"], counts["kept_blocks"], counts["possible_blocks"]) == (2, 50, 200)
+    assert progress.summary()["density"] == "0.2000"
+
+
 def test_light_steps_count_the_rows_that_they_compute():
     tally = Tally()
     progress = progress_of(None, reuse=Reuse(share=0.3, every=2, refresh=5))

@@ -45,7 +45,7 @@ class SparseAttention:
             return full_attention
         if self.method.table == "window":
             return self._windowed
-        phase = phase_of(step, self.steps, self.method.skip)
+        phase = phase_of(step, self.steps, self.method.skip, self.method.refresh)
         if phase is Phase.DENSE:
             return full_attention
         if phase is Phase.RECORDING:
@@ -54,7 +54,7 @@ class SparseAttention:
 
     @property
     def density(self) -> float:
-        """Kept by possible blocks, in a sparse step."""
+        """Kept by possible blocks, in the last sparse step."""
         if not self.tables:
             return 1.0
         counts = [self.lists(layer)[1].double().mean() for layer in self.tables]

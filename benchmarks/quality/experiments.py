@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quality.table_experiments import listing, recording, renewing
+from quality.table_experiments import listing, recording
 from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.layout import NUM_ROWS, QUERY_START, BatchLayout, send
 from sparsed_vllm.steps import Cursor
@@ -141,6 +141,5 @@ EXPERIMENTS = {
     "rows": Experiment(choosing_rows, _is_count),
     "noted": Experiment(choosing_steps, _is_count),
     "recorded": Experiment(recording, {"warm"}.__contains__),
-    "renewed": Experiment(renewing, {"all"}.__contains__),
     "lists": Experiment(listing, {"own", "canvas"}.__contains__),
 }

@@ -18,6 +18,7 @@ class Method:
         at each sparse step; or those around the query block, at every step
     select, skip: SparseD's (arXiv 2509.24014); a window is as wide as SparseD's longest rows
     mass: share of the softmax mass that is enough, of what `select` keeps
+    refresh: the table is recorded again every so many steps
     shared: one list for all heads, by the mean of their scores
     isolated: prompt and generation blocks are selected apart
     sinks: first blocks that a window keeps
@@ -32,6 +33,7 @@ class Method:
     select: float = 0.3
     skip: float = 0.2
     mass: float | None = None
+    refresh: int | None = None
     shared: bool = False
     isolated: bool = True
     sinks: int = 0
@@ -48,6 +50,7 @@ class Method:
         own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
         own |= {"sparsed_select": self.select, "sparsed_skip": self.skip}
         own |= {} if self.mass is None else {"sparsed_mass": self.mass}
+        own |= {} if self.refresh is None else {"sparsed_refresh": self.refresh}
         return {"use_sparsed": 1, **own, **self._kept}
 
     @property
@@ -79,6 +82,17 @@ METHODS = {
         Method(
             "mass-0.95-128", "by mass, 0.95, blocks of 128", select=1.0, mass=0.95, block_size=128
         ),
+        *(
+            Method(f"refresh-{steps}", f"select 0.3, recorded every {steps} steps", refresh=steps)
+            for steps in (4, 8)
+        ),
+        Method(
+            "refresh-8-128",
+            "select 0.3, recorded every 8 steps, blocks of 128",
+            refresh=8,
+            block_size=128,
+        ),
+        Method("skip-0.1", "select 0.3, skip 0.1", skip=0.1),
         Method("no-warm-up", "select 0.3, skip 0", skip=0.0),
         Method("shared", "select 0.3, one list for all heads", shared=True),
         Method("renewed", "select 0.3, a new list at each step", table="renewed"),

@@ -3,10 +3,10 @@
 """The ways to reuse keys and values that are compared, by name.
 
     reuse-0.02-every-2-refresh-8-sparse    selective refresh with these settings, by the engine
-    reuse-0.02-mass-0.95                   with tables of what holds this mass
+    reuse-0.02-mass-0.95-record-8          with tables by mass, which are recorded every 8 steps
     cached-8, dual-16                      Fast-dLLM's prefix and dual cache, blocks of so many
     plain                                  every step computes all, by the caches' network
-    dense, sparsed-0.3                     exact requests
+    dense, sparsed-0.3, mass-0.95, ...     exact requests: methods.py's that the engine has
 
 What varies settings that requests do not have (experiments.py) follows in the same way.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from quality.experiments import EXPERIMENTS, check
-from quality.methods import DENSE, METHODS, Method
+from quality.methods import METHODS, Method
 from sparsed_vllm.reuse import CHOICES, Reuse
 
 Cache = Literal["none", "prefix", "dual"]
@@ -52,17 +52,19 @@ def method_of(name: str) -> ReuseMethod:
         return ReuseMethod(name, name, "none", block_length=int(words[0]), cache=CACHES[kind])
     if name == "plain":
         return ReuseMethod(name, name, "none", cache="none")
-    if name in (DENSE.name, "sparsed-0.3"):
+    if name in METHODS and METHODS[name].request is not None:
         return ReuseMethod(**vars(METHODS[name]))
     raise ValueError(f"{name} is no method; {NAMES}")
 
 
 CACHES: dict[str, Cache] = {"cached": "prefix", "dual": "dual"}
-FIELDS = ("every", "refresh", "blocks", "by", "mass")
+FIELDS = ("every", "refresh", "blocks", "by", "mass", "record")
 NAMES = (
-    "those are dense, sparsed-0.3, plain, cached-BLOCK, dual-BLOCK and reuse-SHARE, which takes "
-    f"-every-N, -refresh-N, -blocks-N, -by-{', -by-'.join(CHOICES)}, -sparse, -mass-SHARE and, of "
-    "experiments, " + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
+    "those are plain, cached-BLOCK, dual-BLOCK, reuse-SHARE, and of exact requests "
+    + ", ".join(name for name, method in METHODS.items() if method.request is not None)
+    + f". reuse-SHARE takes -every-N, -refresh-N, -blocks-N, -by-{', -by-'.join(CHOICES)}, "
+    "-sparse, -mass-SHARE, -record-N and, of experiments, "
+    + ", ".join(f"-{name}-X" for name in EXPERIMENTS)
 )
 
 
@@ -89,6 +91,8 @@ def _with(method: ReuseMethod, field: str, value: str) -> ReuseMethod:
         return replace(method, block_length=int(value))
     if field == "mass":
         return replace(method, table="recorded", select=1.0, mass=float(value))
+    if field == "record":
+        return replace(method, table="recorded", refresh=int(value))
     if field == "by":
         if value not in CHOICES:
             raise ValueError(f"{value} is no choice; {NAMES}")

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """What light steps do with SparseD's tables, in other ways than the engine's, for an experiment.
 
-The engine records in a request's first step, never again, and chosen tokens attend to everything.
+The engine records in a request's first step, and chosen tokens attend to everything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from sparsed_vllm.attention import LayerStep, SparsedImpl
 from sparsed_vllm.kernels.layout import PAGE, BlockTables, Placement
 from sparsed_vllm.metadata import DENSE_LIGHT, Kind, Launch, Member
 from sparsed_vllm.refresh import ContextMass, LightRows
-from sparsed_vllm.steps import Phase, Plan, Source, Step, recording_step
+from sparsed_vllm.steps import Phase, Plan, Step, recording_step
 
 _CHOSEN = DENSE_LIGHT._replace(tile=32)  # no other dense launch has such tiles
 
@@ -33,27 +33,7 @@ def recording(llm: Any, when: str) -> Iterator[None]:
         step = recording_step(plan.params.steps, plan.sparsity.skip)
         return step if step < plan.num_steps else None
 
-    def rows_at(plan: Plan, step: int) -> tuple[Source, int, int, int]:
-        if plan.reuse is not None and step == plan.recording_step:
-            return Source.FRESH, 0, 0, plan.length
-        return rows_before(plan, step)
-
-    rows_before = Plan.rows_at
-    with patch.multiple(Plan, recording_step=property(step_of), rows_at=rows_at):
-        yield
-
-
-@contextmanager
-def renewing(llm: Any, which: str) -> Iterator[None]:
-    """`all`: whole steps after the first record again, instead of following the table."""
-
-    def phase_of(plan: Plan, step: int) -> Phase:
-        phase = phase_before(plan, step)
-        is_whole = plan.rows_at(step)[0] is Source.FRESH
-        return Phase.RECORDING if phase is Phase.SPARSE and plan.reuse and is_whole else phase
-
-    phase_before = Plan.phase_of
-    with patch.object(Plan, "phase_of", phase_of):
+    with patch.object(Plan, "recording_step", property(step_of)):
         yield
 
 

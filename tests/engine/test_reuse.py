@@ -120,6 +120,7 @@ def run_of(family, path, extra, prompt, max_tokens):
 
 
 SPARSE = {"use_sparsed": 1, "sparsed_block_size": 16}
+AGAIN = {"sparsed_mass": 0.45, "sparsed_refresh": 6}
 BOTH = {"kv_choice": "both"}
 STALE = [
     ("llada", {"steps": 16, "kv_share": 0}),
@@ -136,12 +137,15 @@ STALE = [
     ("llada", {"steps": 16, "kv_share": 0.1, **SPARSE}),
     ("llada", {"steps": 16, "block_length": 8, "kv_share": 0.1, "kv_refresh": 4, **SPARSE}),
     ("llada", {"steps": 16, "kv_share": 0.02, **SPARSE, "sparsed_block_size": 64}),
+    ("llada", {"steps": 16, "kv_share": 0.1, "kv_refresh": 4, **SPARSE, "sparsed_refresh": 4}),
+    ("llada", {"threshold": 0.2, "block_length": 8, "kv_share": 0.02, **SPARSE, **AGAIN}),
     ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0}),
     ("dream", {"steps": 16, "alg": "maskgit_plus", "kv_share": 0.1}),
     ("dream", {"steps": 16, "alg": "topk_margin", "kv_share": 0.02, "kv_every": 2}),
     ("dream", {"steps": 16, "alg": "entropy", "block_length": 8, "kv_share": 0.1}),
     ("dream", {"threshold": 0.2, "block_length": 8, "kv_share": 0.1, "kv_refresh": 4}),
     ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0.1, **SPARSE}),
+    ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0.1, "kv_refresh": 3, **SPARSE, **AGAIN}),
     ("llada", {"steps": 16, "kv_share": 0.05, "kv_choice": "match"}),
     ("llada", {"steps": 16, "kv_share": 0.02, "kv_choice": "both"}),
     ("llada", {"steps": 16, "block_length": 8, "kv_share": 0.1, "kv_every": 3, **BOTH}),
@@ -199,12 +203,13 @@ def choices_of(llm, monkeypatch):
 LIGHT = {"steps": 16, "kv_share": 0.1}
 PHASES = [
     {"steps": 16},
-    {"steps": 12, **SPARSE, "sparsed_skip": 0.3},
+    {"steps": 12, **SPARSE, "sparsed_skip": 0.3, "sparsed_mass": 0.5, "sparsed_refresh": 3},
     {"steps": 12, **SPARSE},
     LIGHT,
     {"steps": 12, "kv_share": 0.02, "kv_every": 2, "block_length": 8},
     {"steps": 16, "kv_share": 0, "kv_refresh": 3},
     {**LIGHT, **SPARSE},
+    {**LIGHT, **SPARSE, "kv_refresh": 5, "block_length": 8, "sparsed_refresh": 5},
     {**LIGHT, **SPARSE, "sparsed_block_size": 64, "kv_refresh": 5, "block_length": 8},
     {"threshold": 0.2, "kv_share": 0.1, "block_length": 8},
     {"steps": 16, "remasking": "random", "kv_share": 0.1},

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 17, 100, 301)
 BOUNDED = {"sparsed_mass": 0.5, "sparsed_select": 0.5}
+AGAIN = {"sparsed_mass": 0.5, "sparsed_refresh": 5}
 LLADA_CASES = [
     {"max_tokens": 32, "steps": 16, "sparsed_block_size": 32},
     {"max_tokens": 32, "steps": 16, "block_length": 8, "sparsed_block_size": 16},
@@ -28,11 +29,13 @@ LLADA_CASES = [
     {"max_tokens": 32, "steps": 32, "threshold": 0.05, "sparsed_block_size": 16},
     {"max_tokens": 32, "steps": 12, "sparsed_block_size": 16, "sparsed_mass": 0.6},
     {"max_tokens": 32, "steps": 8, "block_length": 8, **BOUNDED, "sparsed_block_size": 32},
+    {"max_tokens": 32, "steps": 16, "sparsed_block_size": 16, "sparsed_refresh": 4},
+    {"max_tokens": 32, "threshold": 0.05, "sparsed_block_size": 16, "sparsed_refresh": 3},
 ]
 DREAM_CASES = [
     {"max_tokens": 32, "steps": 16, "alg": alg, "sparsed_block_size": 16}
     for alg in ("maskgit_plus", "topk_margin", "entropy")
-] + [{"max_tokens": 32, "steps": 12, "alg": "entropy", "sparsed_block_size": 16, **BOUNDED}]
+] + [{"max_tokens": 32, "steps": 12, "alg": "entropy", "sparsed_block_size": 16, **AGAIN}]
 
 
 def prompts():
@@ -91,6 +94,7 @@ def expected(family, path, case):
     """The oracle's runs of all prompts."""
     load, generate, length_name, mask_id = ORACLES[family]
     num_tokens, rest, sparsity = split(case)
+    rest = {"steps": num_tokens, **rest}
     if family == "llada":
         rest = {"block_length": num_tokens, **rest}
     network, given = load(path), {length_name: num_tokens, "mask_id": mask_id, **rest}
@@ -108,9 +112,10 @@ def test_requests_follow_their_pattern_as_published(request, family, case):
     oracle.assert_same_tokens(actual, expected(family, path, case))
 
 
-def test_keeping_every_block_is_dense(llada):
+@pytest.mark.parametrize("own", [{"sparsed_select": 1}, {"sparsed_refresh": 1}], ids=str)
+def test_keeping_every_block_and_recording_at_every_step_are_dense(llada, own):
     dense = generate(llada, prompts(), {"steps": 16})
-    whole = {"steps": 16, "use_sparsed": 1, "sparsed_select": 1, "sparsed_block_size": 16}
+    whole = {"steps": 16, "use_sparsed": 1, "sparsed_block_size": 16, **own}
     assert generate(llada, prompts(), whole) == dense
 
 
@@ -133,7 +138,7 @@ def mixed_requests():
         sparse = {"use_sparsed": 1, "sparsed_block_size": draw.choice((16, 32, 64))}
         sparse["sparsed_skip"] = draw.choice((0, 0.2, 0.6))
         sparse["sparsed_select"] = draw.choice((0.1, 0.3, 0.5))
-        sparse |= draw.choice(({}, {"sparsed_mass": 0.4}))
+        sparse |= draw.choice(({}, {"sparsed_mass": 0.4}, {"sparsed_refresh": 3}))
         extras.append({"steps": draw.choice((8, 16)), **draw.choice(({}, sparse, sparse))})
     return batch, extras
 
@@ -146,19 +151,24 @@ def test_batch_mates_in_other_phases_change_no_token(llada):
 
 
 PREEMPTED = {"steps": 16, "block_length": 8, "use_sparsed": 1, "sparsed_block_size": 32}
+TO_PREEMPT = [
+    (prompt, extra)
+    for prompt in prompts()
+    for extra in (PREEMPTED, {**PREEMPTED, "sparsed_mass": 0.5, "sparsed_refresh": 3})
+]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(llada):
     """The tokens of requests that are not preempted."""
-    return generate(llada, prompts(), PREEMPTED)
+    return generate(llada, *zip(*TO_PREEMPT, strict=True))
 
 
 @pytest.mark.parametrize("after", [1, 4, 7, 12])
 def test_a_preempted_sparse_request_ends_as_if_undisturbed(llada, undisturbed, after):
     engine = llada.llm_engine
-    for i, prompt in enumerate(prompts()):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling(PREEMPTED))
+    for i, (prompt, extra) in enumerate(TO_PREEMPT):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling(extra))
     finished = [out for _ in range(after) for out in engine.step() if out.finished]
     assert scheduler_of(llada).reset_prefix_cache(reset_running_requests=True)
     while engine.has_unfinished_requests():
@@ -265,6 +275,9 @@ BAD = [
     ({"sparsed_mass": math.nan}, r"sparsed_mass must be a number in \(0, 1\), got nan"),
     ({"sparsed_mass": 0.9, "use_sparsed": 0}, "sparsed_mass must be absent when use_sparsed is 0"),
     ({"sparsed_mass": 0.9, "variable_length": 1}, "must be absent when variable_length is set"),
+    ({"sparsed_refresh": 0}, r"sparsed_refresh must be an integer of at least 1"),
+    ({"sparsed_refresh": 9}, r"sparsed_refresh must be an integer in \[1, 8\] .*, got 9\. Lower"),
+    ({"sparsed_refresh": 4, "use_sparsed": 0}, "sparsed_refresh must be absent when use_sparsed"),
 ]
 
 

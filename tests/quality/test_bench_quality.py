@@ -89,6 +89,13 @@ def test_a_renewed_pattern_follows_the_step():
     assert lists(attend) != before
 
 
+def test_a_pattern_is_recorded_again_as_often_as_the_method_says():
+    attend = attention(Method("again", "", refresh=2))  # from step 3 of 10 on
+    record, follow = attend.recording, attend.sparse
+    assert [attend(step) for step in range(3, 8)] == [record, follow, record, follow, record]
+    assert METHODS["refresh-8"].request["sparsed_refresh"] == 8
+
+
 def test_windows_are_wide_as_told_and_hold_their_own_block():
     for width in range(1, 9):
         for sinks in (0, 1):

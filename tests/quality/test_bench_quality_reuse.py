@@ -30,7 +30,8 @@ def test_a_request_reuses_what_its_method_says(method):
     assert choose_reuse(config, method.request, num_steps=32) == method.reuse
     sparsity = choose_sparsity(SparseConfig(), method.request, length=1024)
     assert (sparsity is not None) == (method.table == "recorded")
-    assert sparsity is None or sparsity.mass == method.mass
+    if sparsity is not None:
+        assert (sparsity.mass, sparsity.refresh) == (method.mass, method.refresh)
 
 
 def test_methods_of_the_plain_network_reuse_nothing():
@@ -42,8 +43,9 @@ def test_a_name_says_all_settings():
     assert method.reuse == Reuse(0.02, 2, 8, "both")
     assert method.request["block_length"] == method.block_length == 16
     assert method.table == "recorded" and method.experiment == (("layers", "last2"), ("rows", "2"))
-    by_mass = method_of("reuse-0.02-mass-0.95")
-    assert (by_mass.table, by_mass.select, by_mass.mass) == ("recorded", 1.0, 0.95)
+    tables = method_of("reuse-0.02-mass-0.95-record-8")
+    assert (tables.table, tables.select, tables.mass, tables.refresh) == ("recorded", 1.0, 0.95, 8)
+    assert method_of("mass-0.95").mass == 0.95 and method_of("mass-0.95").reuse is None
     assert (method_of("dual-8").cache, method_of("dual-8").block_length) == ("dual", 8)
 
 
@@ -56,6 +58,7 @@ def test_a_name_says_all_settings():
         "reuse-0.1-every",
         "reuse-0.1-heads-0",
         "reuse-0.1-layers-most",
+        "window",
         "dual-0",
     ],
 )
@@ -144,11 +147,9 @@ def steps_of(settings, **reuse):
         return [(step.phase.value, step.num_rows == 132) for step in map(plan.at, range(8))]
 
 
-def test_tables_are_recorded_where_an_experiment_says():
+def test_tables_are_recorded_after_the_warm_up_where_an_experiment_says():
     whole, light = ("sparse", True), ("sparse", False)
     assert steps_of([], refresh=5) == [("recording", True), *[light] * 4, whole, light, light]
-    renewed = steps_of([("renewed", "all")], refresh=5)
-    assert renewed == [("recording", True), *[light] * 4, ("recording", True), light, light]
     warm = steps_of([("recorded", "warm")])
     assert warm == [("dense", True), ("dense", False), ("recording", True), *[light] * 5]
 

@@ -102,11 +102,14 @@ class ReusingNetwork:
         read = self.outline.places_read(ids[0]) - self.outline.shift
         self.mass.zero_()
         x, recorded = net.embedding[ids[0]], []
+        records = self._records_at(step)
+        if records:
+            self.masks = []
         for index, layer in enumerate(net.layers):
             q, k, v = net.heads(layer, rms_norm(x, layer.attn_norm, net.eps))
             if step == 0:
                 self.kept.append((k, v))
-            if self.sparsity is not None and step == 0:
+            if records:
                 canvas = self.outline.length - self.outline.num_prompt
                 recorded.append(select_blocks(q, k, self.sparsity, canvas))
             stale = self.kept[index]
@@ -131,7 +134,8 @@ class ReusingNetwork:
     def _choose(self, step: int, ids: list[int]) -> tuple[int, list[int]]:
         """The first place from which on all are computed, and the chosen ones before it."""
         reuse = self.reuse
-        if step == 0 or (reuse.refresh and step % reuse.refresh == 0):
+        is_whole = step == 0 or (reuse.refresh and step % reuse.refresh == 0)
+        if is_whole or self._records_at(step):
             return 0, []
         first = self.outline.first_place(step - 1) - self.outline.shift
         if self.sparsity is not None:
@@ -145,6 +149,12 @@ class ReusingNetwork:
             kept, left = scores[order[count - 1 : count + 1]].log().tolist()
             self.closest = min(self.closest, kept - left)
         return first, sorted(order[:count].tolist())
+
+    def _records_at(self, step: int) -> bool:
+        if self.sparsity is None:
+            return False
+        again = self.sparsity.refresh
+        return step == 0 or (again is not None and step % again == 0)
 
     def _scores(self, first: int, ids: list[int]) -> Tensor:
         """What the places before `first` are chosen by, float64 [first]."""
@@ -176,7 +186,7 @@ def reusing_llada_generate(
     gen_length: int,
     **options,
 ) -> ReusingRun:
-    """llada_generate() with reuse; with sparsity the first step records the table."""
+    """llada_generate() with reuse; with sparsity the first step records, and those of a refresh."""
     outline = outline_of(prompt, gen_length, shift=0, **options)
     logits_fn = ReusingNetwork(net, reuse, outline, sparsity)
     run = llada_generate(logits_fn, prompt, gen_length=gen_length, **options)
@@ -192,7 +202,7 @@ def reusing_dream_generate(
     max_new_tokens: int,
     **options,
 ) -> ReusingRun:
-    """dream_generate() with reuse; with sparsity the first step records the table."""
+    """dream_generate() with reuse; with sparsity the first step records, and those of a refresh."""
     outline = outline_of(prompt, max_new_tokens, shift=1, **options)
     logits_fn = ReusingNetwork(net, reuse, outline, sparsity)
     run = dream_generate(logits_fn, prompt, max_new_tokens=max_new_tokens, **options)

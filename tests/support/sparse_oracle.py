@@ -3,7 +3,8 @@
 """What a request that runs SparseD must return: oracle.py's networks and loops, with L x L masks.
 
 Written after the authors' published code (github.com/INV-WZQ/SparseD; arXiv 2509.24014).
-Budgets by mass, which are ours, come last in select_blocks(). The differences:
+What is ours: budgets by mass, which come last in select_blocks(), and recording again. Else the
+differences:
   LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads), unless
     published_scale is set;
   scores are float64, and of equal scores the lower block wins;
@@ -25,14 +26,19 @@ class Sparsity:
     skip: float = 0.2
     select: float | None = None  # None: 0.3, or with a mass all
     block_size: int = 32
+    refresh: int | None = None  # record again every so many steps; None: never
     mass: float | None = None  # of what `select` keeps, that which holds so much; None: all
     total_steps: int | None = None  # T of the paper; None: the steps of the request
     published_scale: bool = False  # divide scores by sqrt(num_heads)
 
     @property
     def recording_step(self) -> int:
-        """The last step that attends to everything; at or after total_steps there is none."""
+        """The first step that records; at or after total_steps there is none."""
         return int(self.total_steps * self.skip) + 1
+
+    def records_at(self, step: int) -> bool:
+        since = step - self.recording_step
+        return since == 0 or (self.refresh is not None and since > 0 and since % self.refresh == 0)
 
     def num_blocks(self, length: int) -> int:
         return math.ceil(length / self.block_size)
@@ -62,10 +68,11 @@ class SparseRun(Run):
 class SparseNetwork:
     """The LogitsFn of one request: call number s is its step s, over all blocks of the canvas.
 
-    masks: None, after the recording step bool [num_layers, num_heads, num_blocks, num_blocks],
+    masks: None, after a recording step bool [num_layers, num_heads, num_blocks, num_blocks],
       which key blocks (last) each query block of each query head keeps
     leads: None, then float64 [num_layers, num_heads, num_blocks], by how little a query block's
-      closest choice was taken: ln(kept / dropped) of the scores, inf where nothing was dropped
+      closest choice in any of them was taken: ln(kept / dropped) of the scores, inf where nothing
+      was dropped
     """
 
     def __init__(self, net: Network, sparsity: Sparsity, prompt_length: int, gen_length: int):
@@ -81,16 +88,20 @@ class SparseNetwork:
         """ids [1, L] -> logits [1, L, vocab], as Network does it."""
         assert ids.shape == (1, self.length), "another request's ids"
         net, recorded = self.net, []
+        records = self.sparsity.records_at(self.step)
+        if records:
+            self.masks = None
         x = net.embedding[ids[0]]
         for index, layer in enumerate(net.layers):
             h = rms_norm(x, layer.attn_norm, net.eps)
-            if self.step == self.sparsity.recording_step:
+            if records:
                 q, k, _ = net.heads(layer, h)
                 recorded.append(select_blocks(q, k, self.sparsity, self.gen_length))
             x = x + self.attention(index, layer, h)
             x = x + layer.mlp(rms_norm(x, layer.mlp_norm, net.eps))
         if recorded:
-            self.masks, self.leads = map(torch.stack, zip(*recorded, strict=True))
+            self.masks, leads = map(torch.stack, zip(*recorded, strict=True))
+            self.leads = leads if self.leads is None else torch.minimum(self.leads, leads)
         self.step += 1
         return linear(rms_norm(x, net.norm, net.eps), net.head)[None]
 

@@ -199,7 +199,7 @@ def request_fields(
             number,
             lambda scale: scale == 0,
             "0 (classifier-free guidance is not supported)",
-            "Leave it out.",
+            "Leave it out; docs/requests.md says what to do instead.",
         ),
         "alg_temp": Field(
             number,

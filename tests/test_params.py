@@ -3,14 +3,16 @@
 """What a request may ask, and what it is told when it asks for something else."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, choose_sparsity
-from sparsed_vllm.families import DREAM, LLADA
+from sparsed_vllm.families import DREAM, FAMILIES, LLADA
 from sparsed_vllm.params import BadRequest, parse_params, request_fields
 
+ROOT = Path(__file__).parents[1]
 NUMBERS = [0, -1, 1.5, "8", True, None, [4], math.nan, 10**9]
 
 
@@ -91,6 +93,16 @@ def test_a_value_out_of_range_is_refused_by_name(family, field, value):
     error = refusal(family, **{field: value})
     assert error.field == field
     assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("scale", [1, 0.5, -1])
+def test_guidance_is_refused_with_a_way_out(family, scale):
+    message = str(refusal(family, cfg_scale=scale))
+    assert f"got {scale!r}. Leave it out" in message
+    page = "docs/requests.md"
+    assert page in message
+    assert "- **`cfg_scale`** other than 0 is refused." in (ROOT / page).read_text()
 
 
 def endless():

@@ -15,9 +15,13 @@ import openai
 import oracle
 import pytest
 from checkpoints import LLADA_MASK_ID
+from engines import MAY_REUSE
 from prometheus_client.parser import text_string_to_metric_families
+from reuse_oracle import Reuse, reusing_llada_generate
 from servers import serving
 from sparse_oracle import Sparsity, sparse_llada_generate
+
+from sparsed_vllm.reuse import REQUEST_FIELDS
 
 pytestmark = pytest.mark.engine
 
@@ -34,6 +38,7 @@ LIMITS = {
         "early_stop",
         "use_sparsed",
         "sparsed_block_size",
+        *REQUEST_FIELDS,
     ],
 }
 
@@ -42,8 +47,9 @@ LIMITS = {
 def server(llada_path):
     """A running server's process and an OpenAI client of it."""
     args = ("--attention-backend", "sparsed", "--shutdown-timeout", "60")
-    settings = json.dumps({"denoising": LIMITS})
-    with serving(llada_path, *args, "--additional-config", settings) as running:
+    settings = json.dumps({"denoising": LIMITS, **MAY_REUSE})
+    development = {"VLLM_SERVER_DEV_MODE": "1"}  # lets the load preempt
+    with serving(llada_path, *args, "--additional-config", settings, **development) as running:
         yield running
 
 
@@ -92,6 +98,21 @@ def test_requests_may_ask_for_sparse_attention(client, llada_path):
     oracle.assert_same_tokens([answer.choices[0].token_ids], [expected])
 
 
+def test_requests_may_ask_for_reuse(client, llada_path):
+    prompt = [5 * i % 256 for i in range(150)]
+    answer = complete(client, prompt, steps=8, kv_share=0.1, kv_every=2)
+    expected = reusing_llada_generate(
+        oracle.load_llada(llada_path),
+        prompt,
+        reuse=Reuse(share=0.1, every=2),
+        steps=8,
+        gen_length=16,
+        block_length=16,
+        mask_id=LLADA_MASK_ID,
+    )
+    oracle.assert_same_tokens([answer.choices[0].token_ids], [expected])
+
+
 def test_chat_streams_blocks_as_they_become_final(client):
     stream = client.chat.completions.create(
         model="tiny",
@@ -107,6 +128,7 @@ def test_chat_streams_blocks_as_they_become_final(client):
 
 
 BLOCKS = {"return_token_ids": True, "vllm_xargs": {"block_length": 8}}
+REUSED = {"return_token_ids": True, "vllm_xargs": {"block_length": 8, "kv_share": 0.1}}
 HI = [{"role": "user", "content": "hi"}]
 MESSAGES = {"messages": HI}
 
@@ -143,13 +165,17 @@ def asked_twice(create, **body):
     return text, token_ids, finish_reason
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
+@pytest.mark.parametrize(
+    ("endpoint", "extra"),
+    [("completions", BLOCKS), ("chat", BLOCKS), ("completions", REUSED)],
+    ids=["completions", "chat", "completions, reused"],
+)
+def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint, extra):
     create, prompt = client.completions.create, {"prompt": "hello"}
     if endpoint == "chat":
         create, prompt = client.chat.completions.create, MESSAGES
     body = {**prompt, "max_tokens": 24}
-    endless = {**BLOCKS, "ignore_eos": True}
+    endless = {**extra, "ignore_eos": True}
     text, token_ids, reason = asked_twice(create, **body, extra_body=endless)
     assert (len(token_ids), reason) == (24, "length")
     stop = next(char for char in text[3:] if char.isascii() and char.isprintable())
@@ -160,7 +186,7 @@ def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
         create, **body, stop=[stop], extra_body={**endless, "include_stop_str_in_output": True}
     )
     assert shown == cut + stop
-    ended = {**BLOCKS, "stop_token_ids": [token_ids[11]]}
+    ended = {**extra, "stop_token_ids": [token_ids[11]]}
     _, kept, reason = asked_twice(create, **body, extra_body=ended)
     assert (kept, reason) == (token_ids[: token_ids.index(token_ids[11]) + 1], "stop")
     longer = {**ended, "min_tokens": 20}
@@ -169,8 +195,9 @@ def test_streamed_and_whole_answers_agree_however_they_end(client, endpoint):
     assert token_ids[11] not in kept[:20]
 
 
-def test_the_responses_api_gives_the_answer_of_a_chat(client):
-    extra = {**BLOCKS, "ignore_eos": True}
+@pytest.mark.parametrize("asked", [BLOCKS, REUSED], ids=["exact", "reused"])
+def test_the_responses_api_gives_the_answer_of_a_chat(client, asked):
+    extra = {**asked, "ignore_eos": True}
     chat = client.chat.completions.create(
         model="tiny", messages=HI, max_completion_tokens=24, extra_body=extra
     )
@@ -278,6 +305,8 @@ def test_the_prompt_is_echoed_in_front_of_the_answer(client):
         ({"extra_body": {"vllm_xargs": {"steps": "many"}}}, "steps"),
         ({"extra_body": {"vllm_xargs": {"block_length": [1]}}}, "block_length"),
         ({"extra_body": {"vllm_xargs": {"stepz": 3}}}, "stepz"),
+        ({"extra_body": {"vllm_xargs": {"kv_share": 1.5}}}, "kv_share"),
+        ({"extra_body": {"vllm_xargs": {"kv_refresh": 9}}}, "kv_refresh"),
         ({"logprobs": 1, "echo": True}, "prompt_logprobs"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
@@ -363,7 +392,9 @@ def own_labels(labels):
     return [value for name, value in labels.items() if name not in ("model_name", "engine")]
 
 
-def test_prometheus_reads_what_requests_cost(client):
+def rise_of(client, ask):
+    """By how much our metrics rise while `ask` runs: those that do."""
+
     def scrape():
         text = urllib.request.urlopen(str(client.base_url.join("/metrics"))).read().decode()
         return {
@@ -374,9 +405,14 @@ def test_prometheus_reads_what_requests_cost(client):
         }
 
     before = scrape()
-    complete(client, [3] * 150, steps=8, use_sparsed=1, sparsed_block_size=16)
+    ask()
     after = scrape()
-    rise = {key: after[key] - before[key] for key in after if after[key] != before[key]}
+    return {key: after[key] - before[key] for key in after if after[key] != before[key]}
+
+
+def test_prometheus_reads_what_requests_cost(client):
+    sparse = {"steps": 8, "use_sparsed": 1, "sparsed_block_size": 16}
+    rise = rise_of(client, lambda: complete(client, [3] * 150, **sparse))
     kept = rise.pop(("sparsed_kept_blocks_total",))
     assert 0 < kept < rise.pop(("sparsed_possible_blocks_total",))
     assert rise == {
@@ -393,6 +429,25 @@ def test_prometheus_reads_what_requests_cost(client):
         ("sparsed_computed_rows_total",): 8 * (150 + 16),
         ("sparsed_possible_rows_total",): 8 * (150 + 16),
         ("sparsed_passes_total",): 8,
+    }
+
+
+def test_prometheus_reads_what_reuse_saves(client):
+    rise = rise_of(client, lambda: complete(client, [3] * 150, steps=8, kv_share=0.1))
+    rows = 166 + 7 * (16 + 15)  # the first step is whole; of the prompt a tenth is computed anew
+    assert rise.pop(("sparsed_passes_total",)) == pytest.approx(rows / 166)
+    assert rise == {
+        ("diffusion_num_denoising_steps_total",): 8,
+        ("diffusion_num_canvas_positions_total",): 8 * 16,
+        ("diffusion_num_committed_tokens_total",): 16,
+        ("sparsed_steps_total", "dense"): 8,
+        ("sparsed_requests_total", "dense", "length"): 1,
+        ("sparsed_requests_by_reuse_total", "on"): 1,
+        ("sparsed_steps_by_source_total", "fresh"): 1,
+        ("sparsed_steps_by_source_total", "pages"): 7,
+        ("sparsed_computed_rows_total",): rows,
+        ("sparsed_possible_rows_total",): 8 * 166,
+        ("sparsed_chosen_tokens_total",): 7 * 15,
     }
 
 
@@ -417,9 +472,9 @@ def test_blocks_are_what_vllm_s_metrics_time(client):
 
 def test_under_load_every_answer_is_the_one_it_is_alone(client):
     url = str(client.base_url.join("/"))
-    report = asyncio.run(load.put_under_load(url, clients=12, seconds=8, kinds=8))
+    report = asyncio.run(load.put_under_load(url, clients=12, seconds=8, kinds=12, reset_s=3))
     assert report.wrong == []
-    assert report.counts.keys() == {"whole", "stream", "hang up", "bad"}
+    assert report.counts.keys() == {"whole", "stream", "hang up", "bad", "preempt"}
 
 
 def test_without_early_errors_the_answers_are_vllm_s_own(llada_path):

@@ -3,7 +3,8 @@
 """Many clients at once against a running server: random requests, aborts and bad requests.
 
 Every answer must equal the one that its request got alone, before the load. By hand, against a
-server of a small LLaDA with 512 places (examples/checkpoints.py):
+server of a small LLaDA with 512 places (examples/checkpoints.py) whose requests may reuse keys and
+values; --reset needs VLLM_SERVER_DEV_MODE=1 there:
 
     python tests/support/load.py http://127.0.0.1:8000 --clients 200 --minutes 10 --pid PID
 """
@@ -33,11 +34,18 @@ STYLES = (
     {"remasking": "random"},
     {"early_stop": 0, "block_length": 3},
     {"use_sparsed": 1, "sparsed_block_size": 16},
+    {"kv_share": 0.05},
+    {"kv_share": 0.1, "kv_every": 2, "block_length": 8},
+    {"kv_share": 0.1, "kv_refresh": 4, "kv_choice": "both"},
+    {"kv_share": 0.1, "threshold": 0.05, "block_length": 8},
+    {"kv_share": 0.1, "remasking": "random"},
+    {"kv_share": 0, "use_sparsed": 1, "sparsed_block_size": 16},
 )
 BAD = (
     {"vllm_xargs": {"steps": -1}},
     {"vllm_xargs": {"stepz": 1}},
     {"vllm_xargs": {"threshold": "NaN"}},
+    {"vllm_xargs": {"kv_share": 2}},
     {"max_tokens": 10**9},
     {"logit_bias": {"1": 5}},
     {"prompt": [10**6]},
@@ -159,6 +167,15 @@ async def run_client(
                 report.wrong.append(f"{body}: {got}, alone {expected}")
 
 
+async def preempt(http: httpx.AsyncClient, every_s: float, report: Report, until: float) -> None:
+    """Take the pages of whoever runs, again and again, until it is time."""
+    while time.monotonic() + every_s < until:
+        await asyncio.sleep(every_s)
+        asked = await http.post("/reset_prefix_cache", params={"reset_running_requests": "true"})
+        asked.raise_for_status()
+        report.counts["preempt"] += 1
+
+
 async def ask_alone(http: httpx.AsyncClient, count: int, seed: int) -> list[tuple[Body, Answer]]:
     """Random requests and what each gets while nobody else is served."""
     draw = random.Random(seed)
@@ -192,18 +209,28 @@ def memory(pid: int) -> int:
 
 
 async def put_under_load(
-    url: str, *, clients: int, seconds: float, kinds: int = 40, seed: int = 0
+    url: str,
+    *,
+    clients: int,
+    seconds: float,
+    kinds: int = 40,
+    seed: int = 0,
+    reset_s: float | None = None,
 ) -> Report:
-    """Load the server for a while; it is idle before and afterwards."""
+    """Load the server for a while; it is idle before and afterwards.
+
+    reset_s: every so many seconds all running requests are preempted
+    """
     # The server closes what is idle for 5 s, and a request sent at that moment is lost.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=1)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         known = await ask_alone(http, kinds, seed)
         report = Report()
         until = time.monotonic() + seconds
-        await asyncio.gather(
-            *(run_client(http, known, report, until, seed=i) for i in range(clients))
-        )
+        tasks = [run_client(http, known, report, until, seed=i) for i in range(clients)]
+        if reset_s is not None:
+            tasks.append(preempt(http, reset_s, report, until))
+        await asyncio.gather(*tasks)
         await wait_until_idle(http)
         return report
 
@@ -214,11 +241,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--pid", type=int, required=True, help="the server's")
+    parser.add_argument("--reset", type=float, metavar="S", help="preempt all so often")
     args = parser.parse_args()
     for minute in range(round(args.minutes)):
-        report = asyncio.run(
-            put_under_load(args.url, clients=args.clients, seconds=60, seed=minute)
-        )
+        options = {"clients": args.clients, "seconds": 60, "seed": minute, "reset_s": args.reset}
+        report = asyncio.run(put_under_load(args.url, **options))
         print(f"minute {minute}: {dict(report.counts)}, {memory(args.pid) / 2**20:.0f} MiB")
         print(*report.wrong, sep="\n", end="", flush=True)
 

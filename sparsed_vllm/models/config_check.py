@@ -6,34 +6,16 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
+from sparsed_vllm.models.checkpoint_files import check_tokenizer
 from sparsed_vllm.models.configuration import DenoisingConfig
 from sparsed_vllm.models.registry import FOREIGN, MODELS, find_class
 
 logger = init_logger("vllm.sparsed.config")
 
-_VLLM_S_KEYS = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "default_max_tokens",  # ours, for patches/default_length.py
-        "dtype",
-        "eos_token_id",
-        "head_dim",
-        "model_type",
-        "original_max_position_embeddings",  # which transformers puts into rope_parameters
-        "pad_token_id",
-        "quantization_config",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-"""Keys of any model's config.json that vLLM or transformers read."""
-
 _OVERRIDABLE = frozenset(
     {"architectures", "dtype", "head_dim", "model_type", "quantization_config"}
 )
-"""Those of them whose override takes effect, or is refused."""
+"""Keys of any model's config.json whose override takes effect, or is refused."""
 
 _READ_FROM_FILES = frozenset({"eos_token_id", "pad_token_id"})
 """What vLLM takes from generation_config.json or config.json, and never from an override."""
@@ -53,6 +35,8 @@ def check_config(model: ModelConfig) -> None:
             "model_type and architectures out of --hf-overrides, and write them into config.json."
         )
     _refuse_overrides(model, config)
+    if not model.skip_tokenizer_init:
+        check_tokenizer(model.tokenizer)
     if refusals := list(config.refusals()):
         raise ValueError(f"{model.model}'s config.json is not served: {'; '.join(refusals)}.")
     if model.max_model_len > config.positions:
@@ -61,6 +45,20 @@ def check_config(model: ModelConfig) -> None:
             "of the model's rotary embedding. Lower it, or scale the embedding (docs/models.md)."
         )
     _name_unknown_keys(config)
+
+
+def check_sharing(config: DenoisingConfig, ranks: int) -> None:
+    """Raise ValueError for sizes that --tensor-parallel-size `ranks` cannot share out evenly."""
+    name = config.attribute_map
+    kv_heads, inner = config.num_key_value_heads, config.intermediate_size
+    uneven = {"intermediate_size": (inner, inner % ranks)}
+    uneven["num_key_value_heads"] = (kv_heads, max(kv_heads, ranks) % min(kv_heads, ranks))
+    for key, (size, rest) in uneven.items():
+        if rest:
+            raise ValueError(
+                f"--tensor-parallel-size {ranks} cannot share {name.get(key, key)}: {size} evenly. "
+                "Choose one that can."
+            )
 
 
 def _refuse_overrides(model: ModelConfig, config: DenoisingConfig) -> None:
@@ -81,9 +79,8 @@ def _refuse_overrides(model: ModelConfig, config: DenoisingConfig) -> None:
 
 
 def _name_unknown_keys(config: DenoisingConfig) -> None:
-    known = {*config.known_keys(), *config.harmless, *_VLLM_S_KEYS, *PretrainedConfig().to_dict()}
-    unknown = sorted(key for key in config.to_dict() if key not in known)
-    if unknown:
+    """But for those that transformers writes for every model."""
+    if unknown := sorted(config.unread.keys() - PretrainedConfig().to_dict().keys()):
         logger.warning(
             "config.json has keys that %s does not know, and nothing here reads: %s.",
             type(config).__name__,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from sparsed_vllm.models.checkpoint_files import check_files
 from sparsed_vllm.models.registry import FOREIGN, MODELS, ModelSpec, find_class
 from sparsed_vllm.models.rotary import ORIGINAL, is_positive, one_rotary, standard_rotary
 from sparsed_vllm.models.weights_format import check_format
@@ -21,6 +22,28 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+_OF_ANY_MODEL = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "compression_config",  # an older name of quantization_config
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "model_type",
+        ORIGINAL,  # which transformers puts into rope_parameters
+        "pad_token_id",
+        "partial_rotary_factor",
+        "quantization",  # MLX's
+        "quantization_config",
+        "rotary_pct",  # partial_rotary_factor to vLLM
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""Keys of config.json that vLLM or transformers read of each of our models."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,8 @@ class DenoisingConfig(PretrainedConfig):
     """Base of our configuration classes: each lists every key of its model's own class.
 
     A key is honoured, or refused where its value is not computed (`refusals`), or harmless:
-    without an effect on what an engine computes.
+    without an effect on what an engine computes. All others are kept apart in `unread`: vLLM and
+    transformers look for keys of other models (`num_kv_heads`, `text_config`, `max_seq_len`).
     """
 
     honoured: ClassVar[dict[str, Any]] = {}  # key -> default of the model's own class
@@ -49,6 +73,7 @@ class DenoisingConfig(PretrainedConfig):
     harmless: ClassVar[frozenset[str]] = frozenset()
     own_sizes: ClassVar[tuple[str, ...]] = ()  # keys of counts that not every model has
     settled: ClassVar[dict[str, str]] = {}  # key of the file that settles another -> that one
+    unread: ClassVar[dict[str, Any]] = {}  # a configuration that is read from a file has its own
 
     if TYPE_CHECKING:  # to transformers, an annotation makes a field
 
@@ -75,6 +100,7 @@ class DenoisingConfig(PretrainedConfig):
         Models may share a model_type, by which transformers chose `cls`. Raises ValueError for
         a model that shares it and is not served.
         """
+        check_format(config_dict)
         if not config_dict.get("architectures"):
             config_dict = {**config_dict, "architectures": [cls.spec().architecture]}
         named = cls
@@ -83,15 +109,35 @@ class DenoisingConfig(PretrainedConfig):
                 raise ValueError(FOREIGN[architecture].refusal())
             if architecture in MODELS:
                 named = find_class(MODELS[architecture].config)
-        check_format(config_dict)
-        found = super(DenoisingConfig, named).from_dict(config_dict, **kwargs)
+        check_files(kwargs.get("name_or_path"))
+        read, unread = named._split(config_dict)
+        read.pop("model_type", None)  # the class knows it, and a file may not
+        found = super(DenoisingConfig, named).from_dict(read, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
+        config.unread = unread
         config._check_sizes("config.json")
         return found
 
+    @classmethod
+    def _split(cls, config_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What this class, vLLM and transformers read of a model of ours, and what nobody does."""
+        known = cls.known_keys() | cls.harmless | _OF_ANY_MODEL
+        return (
+            {key: value for key, value in config_dict.items() if key in known},
+            {key: value for key, value in config_dict.items() if key not in known},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Also the keys that nothing reads, for whoever saves the configuration."""
+        output: dict[str, Any] = super().to_dict()
+        return {**output.pop("unread", {}), **output}
+
     def update(self, config_dict: dict[str, Any]) -> None:
         """Take overrides (vLLM's hf_overrides). Raises ValueError for sizes that are none."""
-        super().update(config_dict)
+        check_format(config_dict)
+        read, unread = self._split(config_dict)
+        super().update(read)
+        self.unread = {**self.unread, **unread}
         self._check_sizes("config.json with --hf-overrides")
 
     def _check_sizes(self, source: str) -> None:
@@ -174,16 +220,17 @@ class DenoisingConfig(PretrainedConfig):
                 yield f"{key} must be {allowed}, got {value!r}: {computed.otherwise}"
         yield from self._wrong_numbers()
         mask, vocab_size = self.mask_token_id, self.vocab_size
-        if not (_is_integer(mask) and 0 <= mask < vocab_size):
+        if not (is_integer(mask) and 0 <= mask < vocab_size):
             yield (
                 f"mask_token_id must be a token in [0, {vocab_size - 1}] (vocabulary), got "
                 f"{mask!r}: it is what a place holds until it is filled"
             )
 
-    def known_keys(self) -> frozenset[str]:
+    @classmethod
+    def known_keys(cls) -> frozenset[str]:
         """The keys that this class reads, under all their names."""
         rope = ("rope_scaling", "rope_parameters", "mask_token_id")
-        return frozenset({*self.honoured, *self.computed, *self.attribute_map, *rope})
+        return frozenset({*cls.honoured, *cls.computed, *cls.attribute_map, *rope})
 
     def _without_aliases(self, given: dict[str, Any]) -> dict[str, Any]:
         """Every value under its key, where the file uses transformers' name for it."""
@@ -201,18 +248,25 @@ class DenoisingConfig(PretrainedConfig):
 
     def _wrong_sizes(self) -> Iterator[str]:
         sizes = (*_SIZES, *self.own_sizes)
-        wrong = [name for name in sizes if not _is_integer(getattr(self, name), at_least=1)]
+        wrong = [name for name in sizes if not is_integer(getattr(self, name), at_least=1)]
+        named = {name: self.attribute_map.get(name, name) for name in sizes}
         for name in wrong:
-            key = self.attribute_map.get(name, name)
-            yield f"{key} must be an integer over 0, got {getattr(self, key)!r}"
+            yield f"{named[name]} must be an integer over 0, got {getattr(self, name)!r}"
         if wrong:
             return
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         head_dim, rest = divmod(self.hidden_size, heads)
+        query, outer = named["num_attention_heads"], named["hidden_size"]
         if rest or head_dim % 2:
-            yield f"{heads} heads must share {self.hidden_size} dimensions evenly, two by two"
+            yield (
+                f"{query} must divide {outer} into even numbers: {heads} heads must share "
+                f"{self.hidden_size} dimensions evenly, two by two"
+            )
         if heads % kv_heads:
-            yield f"{heads} query heads must share {kv_heads} key heads evenly"
+            yield (
+                f"{named['num_key_value_heads']} must divide {query}: {heads} query heads must "
+                f"share {kv_heads} key heads evenly"
+            )
         if getattr(self, "head_dim", None) not in (None, head_dim):
             yield (
                 f"head_dim must be absent or {head_dim} ({self.hidden_size} / {heads}), got "
@@ -226,7 +280,7 @@ class DenoisingConfig(PretrainedConfig):
         for key, default in self.honoured.items():
             if isinstance(default, bool) and not isinstance(getattr(self, key), bool):
                 yield f"{key} must be true or false, got {getattr(self, key)!r}"
-        if not all(_is_integer(token) for token in _tokens(getattr(self, "eos_token_id", None))):
+        if not all(is_integer(token) for token in _tokens(getattr(self, "eos_token_id", None))):
             yield f"eos_token_id must be a token or a list of tokens, got {self.eos_token_id!r}"
         yield from self._wrong_rotary()
 
@@ -255,7 +309,8 @@ class DenoisingConfig(PretrainedConfig):
             )
 
 
-def _is_integer(value: Any, at_least: int | None = None) -> bool:
+def is_integer(value: Any, at_least: int | None = None) -> bool:
+    """Whether it is an integer, which JSON's true and false are not."""
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return at_least is None or value >= at_least

@@ -33,7 +33,7 @@ def settle_defaults(vllm_config: VllmConfig) -> None:
     """
     model = vllm_config.model_config
     family = MODELS[model.architecture].family
-    in_file = {} if model.generation_config == "vllm" else model.try_get_generation_config()
+    in_file = {} if model.generation_config == "vllm" else _read(model)
     unused = _PENALTIES if family.truncates else {**_PENALTIES, **_TRUNCATION}
     _refuse_unused(unused, model.override_generation_config, family)
     _drop_unused(unused, in_file, model, family)
@@ -47,6 +47,18 @@ def settle_defaults(vllm_config: VllmConfig) -> None:
     limits = Limits.of(vllm_config.additional_config)
     # patches/default_length.py hands it out.
     model.hf_config.default_max_tokens = limits.default_length(defaults.get("max_tokens"))
+
+
+def _read(model: ModelConfig) -> dict[str, Any]:
+    """What the file says. Raises ValueError for one that transformers cannot read."""
+    try:
+        content: dict[str, Any] = model.try_get_generation_config()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_source(model)} cannot be read: {error}. Correct or remove the file, or leave it "
+            "unread with --generation-config vllm."
+        ) from error
+    return content
 
 
 def _source(model: ModelConfig) -> str:

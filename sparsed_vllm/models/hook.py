@@ -14,7 +14,7 @@ from sparsed_vllm.admission import reuse_config_of, sparse_config_of
 from sparsed_vllm.config import CROSSOVER, SparseConfig
 from sparsed_vllm.kernels.layout import PAGE
 from sparsed_vllm.limits import wants_early_errors
-from sparsed_vllm.models.config_check import check_config
+from sparsed_vllm.models.config_check import check_config, check_sharing
 from sparsed_vllm.models.defaults import settle_defaults
 from sparsed_vllm.patches.apply import apply_all
 from sparsed_vllm.patches.inventory import SERVER_PATCHES
@@ -35,6 +35,8 @@ class DenoisingModelConfig(VerifyAndUpdateConfig):
         Raises ValueError for settings that cannot work with these models.
         """
         check_config(vllm_config.model_config)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        check_sharing(vllm_config.model_config.hf_config, ranks)
         _refuse_unsupported(vllm_config)
         if wants_early_errors(vllm_config):
             apply_all(SERVER_PATCHES)
@@ -155,10 +157,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             _lacks_kernel(model),
             "vLLM's CPU build cannot scale by tensor; use fp8_per_channel",
         ),
-        f"--quantization {model.quantization} of experts on a CPU": (
-            _lacks_kernel_for_experts(model),
-            "vLLM's CPU build has no kernel for it; use int8_per_channel_weight_only",
-        ),
         f"--quantization {model.quantization}": (
             _quantizes_experts_only(model) and not model.hf_config.experts,
             "it quantizes experts, which this model has none of; use fp8_per_channel",
@@ -178,12 +176,6 @@ def _lacks_kernel(model: ModelConfig) -> bool:
     is_online = getattr(model.hf_config, "quantization_config", None) is None
     scales_by_tensor = model.quantization in ("fp8", "fp8_per_tensor")
     return current_platform.is_cpu() and is_online and scales_by_tensor
-
-
-def _lacks_kernel_for_experts(model: ModelConfig) -> bool:
-    is_online = getattr(model.hf_config, "quantization_config", None) is None
-    has_experts, scheme = bool(model.hf_config.experts), model.quantization
-    return current_platform.is_cpu() and is_online and has_experts and scheme == "fp8_per_channel"
 
 
 def _quantizes_experts_only(model: ModelConfig) -> bool:

@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from sparsed_vllm.models.configuration import Computed, DenoisingConfig
+from sparsed_vllm.models.configuration import Computed, DenoisingConfig, is_integer
 
 
 class LLaDAConfig(DenoisingConfig):
@@ -90,12 +90,17 @@ class LLaDAConfig(DenoisingConfig):
             raise ValueError(f"mlp_ratio must be an integer over 0, got {ratio!r}.")
         return ratio * outer
 
-    def _num_rows(self) -> Any:
+    def _num_rows(self) -> int:
         """The embedding's rows, which the authors may pad beyond the tokens in use."""
-        rows, tokens = self.embedding_size or self.vocab_size, self.vocab_size
-        if isinstance(rows, int) and isinstance(tokens, int) and rows < tokens:
-            raise ValueError(f"embedding_size must be at least {tokens} (vocab_size), got {rows}.")
-        return rows
+        tokens, rows = self.vocab_size, self.embedding_size or self.vocab_size
+        if not is_integer(tokens, at_least=1):
+            raise ValueError(f"vocab_size must be an integer over 0, got {tokens!r}.")
+        if not is_integer(rows, at_least=tokens):
+            raise ValueError(
+                f"embedding_size must be at least {tokens} (vocab_size), an integer, or null, got "
+                f"{rows!r}."
+            )
+        return int(rows)
 
     @property
     def _default_kv_heads(self) -> Any:

@@ -183,6 +183,11 @@ def test_other_configurations_that_cannot_run_are_refused_by_name(
         (write_dream, {"dtype": "float16"}, "dtype: 'float16' and torch_dtype: 'float32'"),
         (write_llada, {"quantization_config": "fp8"}, "quantization_config must be a mapping"),
         (write_llada, {"quantization_config": {"bits": 4}}, "with a quant_method, got {'bits': 4}"),
+        (write_llada, {"quantization_config": []}, "quantization_config must be a mapping"),
+        (write_llada, {"compression_config": "int8"}, "compression_config must be a mapping"),
+        (write_llada, {"torch_dtype": []}, "torch_dtype must be the name of a torch.dtype"),
+        (write_llada, {"vocab_size": "320"}, "vocab_size must be an integer over 0, got '320'"),
+        (write_llada, {"embedding_size": "320"}, "embedding_size must be at least 320"),
     ],
     ids=named,
 )
@@ -191,6 +196,73 @@ def test_what_vllm_would_stumble_over_is_refused_as_config_json_is_read(
 ):
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(rewrite(write(tmp_path), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": None}, "auto_map must be a mapping or absent, got None. Remove it"),
+        ({"architectures": "LLaDAModelLM"}, "architectures must be a list of names"),
+        ({"architectures": 1}, "architectures must be a list of names"),
+    ],
+    ids=str,
+)
+def test_keys_that_every_model_has_are_checked_before_vllm_reads_them(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        start(rewrite(write_llada(tmp_path), **changes))
+
+
+@pytest.mark.parametrize("model_type", [..., None])
+def test_architectures_are_enough_to_find_a_model(checkpoint, model_type):
+    config = start(rewrite(checkpoint, model_type=model_type)).model_config.hf_config
+    assert config.model_type == type(config).model_type
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_heads": 1, "n_head_kv": 1},
+        {"max_seq_len": 64, "n_positions": -1, "model_max_length": "128"},
+        {"text_config": {"vocab_size": 7}},
+        {"num_local_experts": [], "moe_num_experts": "8"},
+        {"is_encoder_decoder": True, "num_labels": None, "id2label": []},
+        {"attention_chunk_size": 64, "default_max_tokens": "many", "_name_or_path": 3},
+    ],
+    ids=str,
+)
+def test_keys_of_other_models_reach_neither_vllm_nor_transformers(tmp_path, changes):
+    model = start(rewrite(write_llada(tmp_path), **changes)).model_config
+    assert model.max_model_len == 1024
+    assert model.get_total_num_kv_heads() == 4
+    assert model.get_vocab_size() == 320
+    assert not model.is_encoder_decoder
+    assert model.attention_chunk_size is None
+
+
+def test_keys_that_nothing_reads_are_saved_again(tmp_path):
+    path = rewrite(write_llada(tmp_path), num_kv_heads=1)
+    AutoConfig.from_pretrained(path).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["num_kv_heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("write", "sizes", "ranks", "message"),
+    [
+        (write_llada, {"mlp_hidden_size": 190}, 4, "mlp_hidden_size: 190 evenly"),
+        (
+            write_dream,
+            {"n_heads": 12, "n_kv_heads": 3, "d_model": 384},
+            2,
+            "num_key_value_heads: 3",
+        ),
+        (write_llada_moe, {"mlp_hidden_size": 63}, 2, "expert_intermediate_size: 63 evenly"),
+    ],
+    ids=named,
+)
+def test_sizes_that_ranks_cannot_share_are_refused_by_name(tmp_path, write, sizes, ranks, message):
+    path = write(tmp_path, **sizes)
+    with pytest.raises(ValueError, match=f"--tensor-parallel-size {ranks} cannot share {message}"):
+        start(path, tensor_parallel_size=ranks)
 
 
 def test_llada_moe_has_its_authors_defaults_where_they_are_of_use(tmp_path):

@@ -91,6 +91,7 @@ def test_an_operator_s_own_default_is_refused_by_name(tmp_path, overrides, messa
         ({"temperature": 1000.0}, r"generation_config.json.* temperature must be a number in"),
         ({"temperature": "hot"}, "generation_config.json: temperature must be a number"),
         ({"eos_token_id": [257, "end"]}, "eos_token_id must be tokens, got 'end'"),
+        ({"max_new_tokens": "many"}, "generation_config.json cannot be read: .* Correct or remove"),
         ({"max_new_tokens": 0}, "max_new_tokens.* must be .* 0"),
     ],
     ids=str,

@@ -82,6 +82,7 @@ METHODS = {
         Method(
             "mass-0.95-128", "by mass, 0.95, blocks of 128", select=1.0, mass=0.95, block_size=128
         ),
+        Method("mass-0.99-0.3", "by mass, 0.99, of select 0.3", mass=0.99),
         *(
             Method(f"refresh-{steps}", f"select 0.3, recorded every {steps} steps", refresh=steps)
             for steps in (4, 8)

@@ -294,10 +294,11 @@ def test_an_engine_refuses_settings_it_does_not_know(llada_path):
 
 def test_a_table_that_outgrows_its_memory_is_refused(llada_path):
     small = start_engine(llada_path, additional_config={"sparsed": {"table_ids": 1}})
-    extra = {"use_sparsed": 1, "sparsed_block_size": 16, "sparsed_select": 1}
-    with pytest.raises(ValueError, match=r"sparsed_block_size .* raise sparsed\.table_ids"):
-        generate(small, prompts(), extra)
-    extra["sparsed_block_size"] = 128
+    extra = {"use_sparsed": 1, "sparsed_block_size": 16}
+    for whole in ({"sparsed_select": 1}, {"sparsed_mass": 0.5}):
+        with pytest.raises(ValueError, match=r"sparsed_block_size .* raise sparsed\.table_ids"):
+            generate(small, prompts(), {**extra, **whole})
+    extra |= {"sparsed_mass": 0.5, "sparsed_block_size": 128}
     assert len(generate(small, prompts(), extra)) == len(LENGTHS)
 
 

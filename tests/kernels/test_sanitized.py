@@ -41,8 +41,9 @@ def test_sparse_attention(attend, spread, block_size, head_dim):
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(128, 128), (32, 64)])
-def test_a_recording_step(block_size, head_dim):
-    batch = make_batch(SIZES, block_size, head_dim=head_dim, dtype=torch.bfloat16)
+@pytest.mark.parametrize("mass", [None, 0.9])
+def test_a_recording_step(mass, block_size, head_dim):
+    batch = make_batch(SIZES, block_size, head_dim=head_dim, dtype=torch.bfloat16, mass=mass)
     most = batch.selection.most_kept
     tables, batch = tables_on("cuda", scattered_tables(batch, most)), batch.to("cuda")
     of, scale = (batch.layout, batch.selection), batch.scale

@@ -3,8 +3,12 @@
 """A checkpoint's tensors, loaded only if they are all there, all of use and of the right shape."""
 
 from collections.abc import Collection, Iterable, Iterator
+from pickle import UnpicklingError
 
-from torch import Tensor, nn
+import torch
+from safetensors import SafetensorError
+from torch import OutOfMemoryError, Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -20,6 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from sparsed_vllm.models.configuration import DenoisingConfig
 from sparsed_vllm.models.experts import Experts
+from sparsed_vllm.models.kernel_check import no_kernel
 from sparsed_vllm.models.quantized import QuantizedTensors
 
 Shapes = dict[str, tuple[int, ...]]
@@ -38,7 +43,8 @@ def load_checkpoint(
 
     vLLM's loader drops biases that no layer has, cuts tensors to the layer's size, leaves a layer
     without its tensors as it was allocated, and casts weights to integers.
-    model: one of ours, with its `config`;  mapper: the checkpoint's names to the model's
+    model: one of ours, with its `config` and `vllm_config`
+    mapper: the checkpoint's names to the model's
     partial: some tensors may be missing
     Raises ValueError that names the tensors that are missing, unknown or of another shape.
     """
@@ -46,12 +52,36 @@ def load_checkpoint(
     loader = AutoWeightsLoader(model)
     try:
         loaded: set[str] = loader.load_weights(reader.read(weights), mapper=mapper)
-    except (AssertionError, RuntimeError) as error:
-        if reader.at is None:
+    except (AssertionError, AttributeError, RuntimeError) as error:
+        config: VllmConfig = model.vllm_config
+        if reader.at is None or isinstance(error, OutOfMemoryError):
             raise
-        raise ValueError(f"Tensors do not fit config.json: {reader.at}.") from error
+        if not reader.fits:
+            raise ValueError(f"Tensors do not fit config.json: {reader.at}.") from error
+        if config.quant_config is None:
+            raise
+        raise no_kernel(config, error) from error  # to quantize what was read
     reader.check()
+    if not partial:
+        _check_head(model)
     return loaded
+
+
+def _check_head(model: nn.Module) -> None:
+    """Raise ValueError for a head of its own where config.json says that it is the embedding.
+
+    vLLM takes a file's lm_head for it then, the authors' code the embedding.
+    """
+    config: VllmConfig = model.vllm_config
+    untied = getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False)
+    head, embedding = (
+        getattr(m, "weight", None) for m in (model.lm_head, model.model.embed_tokens)
+    )
+    if untied and head is not None and not torch.equal(head.cpu(), embedding.cpu()):
+        raise ValueError(
+            "lm_head.weight is not the embedding, which tie_word_embeddings says it is. Remove the "
+            "tensor from the checkpoint, or set the key to false in its config.json."
+        )
 
 
 class _Reader:
@@ -69,11 +99,12 @@ class _Reader:
         self.quantized = QuantizedTensors(model, mapper, _quantized_parts(model))
         self.seen: set[str] = set()
         self.at: str | None = None  # the tensor in hand; vLLM's errors do not say
+        self.fits = False  # whether it is known to have the layer's size
         self.unknown: list[str] = []
         self.wrong: list[str] = []
 
     def read(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for file_name, tensor in weights:
+        for file_name, tensor in _from_files(weights):
             self.at = f"{file_name} ({list(tensor.shape)}, {tensor.dtype})"
             if self._takes(file_name, tensor):
                 yield file_name, tensor
@@ -81,7 +112,8 @@ class _Reader:
 
     def _takes(self, file_name: str, tensor: Tensor) -> bool:
         name = self.renamer.map_name(file_name) or file_name
-        if name in self.expected:
+        self.fits = name in self.expected
+        if self.fits:
             misfit = _misfit(tensor, self.expected[name])
             if name in self.seen and not self.partial:
                 misfit = "a second time"
@@ -102,7 +134,10 @@ class _Reader:
         missing = [*(self.expected.keys() - self.seen), *self.quantized.missing]
         if missing and not self.partial:
             names = [self._file_name(name) for name in missing]
-            raise ValueError(f"The checkpoint lacks {_listed(names)}, which its config.json needs.")
+            held = f" It holds {_listed(self.unknown)} instead." if self.unknown else ""
+            raise ValueError(
+                f"The checkpoint lacks {_listed(names)}, which its config.json needs.{held}"
+            )
         if self.unknown:
             head = " weight_tying, or tie_word_embeddings, says that the head is the embedding."
             is_head = self.is_tied and any("layers" not in name for name in self.unknown)
@@ -122,8 +157,19 @@ class _Reader:
         return name
 
 
+def _from_files(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same, with an error that a user can read where a file cannot be."""
+    try:
+        yield from weights
+    except (EOFError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"The checkpoint's files cannot be read: {type(error).__name__}: {str(error)[:200]}. "
+            "Download them again."
+        ) from error
+
+
 def _expected_shapes(model: nn.Module) -> Shapes:
-    """Every tensor of the layers that are not quantized, whole, not this rank's part."""
+    """Every tensor that the checkpoint holds as it is, whole, not this rank's part."""
     shapes: Shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
@@ -133,7 +179,7 @@ def _expected_shapes(model: nn.Module) -> Shapes:
                 shapes[f"{name}.weight"] = (module.org_vocab_size, module.embedding_dim)
         elif isinstance(module, RMSNorm):
             shapes[f"{name}.weight"] = tuple(module.weight.shape)
-        elif isinstance(module, Experts) and not module.are_quantized:
+        elif isinstance(module, Experts) and not module.are_stored_quantized:
             shapes |= module.tensor_shapes(name)
     if _is_tied(model):
         shapes.pop("lm_head.weight", None)
@@ -141,11 +187,11 @@ def _expected_shapes(model: nn.Module) -> Shapes:
 
 
 def _quantized_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Quantized linear layers, embedding and head -> the checkpoint's layers that they are."""
+    """Linear layers, embedding and head of quantized tensors -> the checkpoint's layers of each."""
     parts: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
-            if not isinstance(module.quant_method, UnquantizedLinearMethod):
+            if not _is_plain(module):
                 parts[name] = list(_parts(name, module))
         elif isinstance(module, VocabParallelEmbedding):
             is_shared = name == "lm_head" and _is_tied(model)
@@ -161,14 +207,19 @@ def _is_tied(model: nn.Module) -> bool:
 
 
 def _linear_shapes(name: str, linear: LinearBase) -> Shapes:
-    is_plain = isinstance(linear.quant_method, UnquantizedLinearMethod)
     shapes: Shapes = {}
     for part, outputs in _parts(name, linear).items():
-        if is_plain:
+        if _is_plain(linear):
             shapes[f"{part}.weight"] = (outputs, linear.input_size)
         if linear.bias is not None:
             shapes[f"{part}.bias"] = (outputs,)
     return shapes
+
+
+def _is_plain(linear: LinearBase) -> bool:
+    """Whether the checkpoint holds its weight as it is, perhaps for vLLM to quantize it."""
+    method = linear.quant_method
+    return isinstance(method, UnquantizedLinearMethod) or bool(method.uses_meta_device)
 
 
 def _parts(name: str, linear: LinearBase) -> dict[str, int]:

@@ -35,6 +35,9 @@ def check_files(path: str | Path | None) -> None:
             content = _mapping(file, keys)
             if name == _INDEX:
                 _check_index(file, content["weight_map"])
+    for file in sorted(folder.glob("*.bin")):
+        if _is_pointer(file):
+            raise _unreadable(file, "it holds no tensors")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):  # it compares the header with the file's length
@@ -77,7 +80,11 @@ def _unreadable(file: Path, reason: object) -> ValueError:
     remedy = "Download it again."
     if file.name == _INDEX:
         remedy = "Download the checkpoint again, or remove the index if one file holds all tensors."
-    with file.open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            remedy = "It is a pointer of Git LFS: run git lfs pull."
+    if _is_pointer(file):
+        remedy = "It is a pointer of Git LFS: run git lfs pull."
     return ValueError(f"{file} cannot be read: {reason}. {remedy}")
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(_POINTER)) == _POINTER

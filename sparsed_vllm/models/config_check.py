@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from sparsed_vllm.models.checkpoint_files import check_tokenizer
 from sparsed_vllm.models.configuration import DenoisingConfig
 from sparsed_vllm.models.registry import FOREIGN, MODELS, find_class
+from sparsed_vllm.models.weights_format import check_format
 
 logger = init_logger("vllm.sparsed.config")
 
@@ -35,6 +36,7 @@ def check_config(model: ModelConfig) -> None:
             "model_type and architectures out of --hf-overrides, and write them into config.json."
         )
     _refuse_overrides(model, config)
+    check_format(vars(config))  # of overrides that are mappings, vLLM asks us nothing
     if not model.skip_tokenizer_init:
         check_tokenizer(model.tokenizer)
     if refusals := list(config.refusals()):

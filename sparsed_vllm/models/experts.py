@@ -43,6 +43,11 @@ class Experts(nn.Module):
     def are_quantized(self) -> bool:
         return not isinstance(self.method, UnquantizedFusedMoEMethod)
 
+    @property
+    def are_stored_quantized(self) -> bool:
+        """Whether the checkpoint holds them so; vLLM may also quantize them as they load."""
+        return self.are_quantized and not self.method.uses_meta_device
+
     def tensor_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the experts' tensors in a checkpoint; prefix: this module's name."""
         inner, outer = self.inner_size, self.input_size

@@ -43,7 +43,7 @@ from sparsed_vllm.kernels.layout import id_dtype, num_blocks
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.models.checkpoint import load_checkpoint
 from sparsed_vllm.models.experts import Experts
-from sparsed_vllm.models.kernel_check import check_kernels
+from sparsed_vllm.models.kernel_check import check_kernels, finding_kernels
 from sparsed_vllm.pages import PageLayout
 from sparsed_vllm.tables import TablePages
 
@@ -69,12 +69,6 @@ def _our_backend(
     sparse_config = sparse_config_of(vllm_config)
     if sparse_config is None:
         return {}
-    if head_size not in SparsedBackend.get_supported_head_sizes():
-        sizes = ", ".join(str(size) for size in SparsedBackend.get_supported_head_sizes())
-        raise ValueError(
-            f"Heads must have {sizes} dimensions, got {head_size}: there is no kernel for others. "
-            "Name another --attention-backend, to run dense."
-        )
     reuse = reuse_config_of(vllm_config)
     layer = extract_layer_index(prefix)
     num_layers = vllm_config.model_config.hf_config.num_hidden_layers
@@ -93,6 +87,17 @@ def _our_backend(
         "max_model_len": longest,
         "notes_mass": reuse is not None and layer >= num_layers * (1 - reuse.layers),
     }
+
+
+def _check_head_size(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for heads that our backend, where it is in use, has no kernel for."""
+    config, sizes = vllm_config.model_config.hf_config, SparsedBackend.get_supported_head_sizes()
+    head_size = config.hidden_size // config.num_attention_heads
+    if sparse_config_of(vllm_config) is not None and head_size not in sizes:
+        raise ValueError(
+            f"Heads must have {', '.join(map(str, sizes))} dimensions, got {head_size}: there is "
+            "no kernel for others. Name another --attention-backend, to run dense."
+        )
 
 
 class SelfAttention(nn.Module):
@@ -307,13 +312,15 @@ class MaskPredictor(nn.Module, SupportsQuant):
         self.config = config
         self.vllm_config = vllm_config
         self.is_loaded = False
-        self.model = Transformer(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=maybe_prefix(prefix, "lm_head"),
-        )
+        _check_head_size(vllm_config)
+        with finding_kernels(vllm_config):
+            self.model = Transformer(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=config.logit_scale)

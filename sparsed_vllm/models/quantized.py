@@ -17,7 +17,7 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class QuantizedTensors:
-    """The tensors that quantized layers take, by the checkpoint's layers.
+    """The tensors that layers take which a checkpoint holds quantized, by its layers.
 
     expected: the model's name of a checkpoint's layer (q_proj, not qkv_proj) and of a parameter of
         it, with that parameter
@@ -27,7 +27,7 @@ class QuantizedTensors:
     def __init__(
         self, model: nn.Module, mapper: WeightsMapper, parts: Mapping[str, list[str]]
     ) -> None:
-        """parts: name of a quantized linear layer or head -> the checkpoint's layers that it is"""
+        """parts: name of such a linear layer or head -> the checkpoint's layers that it is"""
         modules = dict(model.named_modules())
         self.parameters = {name for name, _ in model.named_parameters()}
         self.parameters |= {name for name, _ in model.named_buffers()}
@@ -39,7 +39,7 @@ class QuantizedTensors:
             for part in layers
         }
         for name, module in modules.items():
-            if isinstance(module, Experts) and module.are_quantized:
+            if isinstance(module, Experts) and module.are_stored_quantized:
                 self.expected |= _of_experts(name, module)
         self.seen: set[str] = set()
         config = getattr(model, "quant_config", None)

@@ -22,8 +22,10 @@ def check_format(config_dict: dict[str, Any]) -> None:
         if (value := config_dict.get(key)) is not None
     }
     for key, value in given.items():
-        if not isinstance(getattr(torch, _name_of(value), None), torch.dtype):
-            raise ValueError(f"{key} must be the name of a torch.dtype, got {value!r}.")
+        if not _is_dtype(value):
+            raise ValueError(
+                f"{key} must be the name of a torch.dtype, such as bfloat16, got {value!r}."
+            )
     if len({_name_of(value) for value in given.values()}) > 1:
         both = " and ".join(f"{key}: {value!r}" for key, value in given.items())
         raise ValueError(f"config.json says {both}, which are two names of one thing. Remove one.")
@@ -43,12 +45,17 @@ def _check_remote_code(config_dict: dict[str, Any]) -> None:
         raise ValueError(f"auto_map must be a mapping or absent, got {given!r}. Remove it.")
 
 
+def _is_dtype(value: Any) -> bool:
+    named = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(named, torch.dtype)
+
+
 def _name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _check_quantization(key: str, given: Any) -> None:
-    """Without a method vLLM would take the weights for plain ones."""
-    is_named = isinstance(given, dict) and {"quant_method", "producer"} & given.keys()
-    if given not in (None, {}) and not is_named:
+    """Without a method, which vLLM notes as an empty one, it takes the weights for plain ones."""
+    is_named = isinstance(given, dict) and (given.get("quant_method") or given.get("producer"))
+    if given not in (None, {}, {"quant_method": ""}) and not is_named:
         raise ValueError(f"{key} must be a mapping with a quant_method, got {given!r}.")

@@ -195,6 +195,12 @@ LLADA_BLOCK = "model.transformer.blocks.1."
         (write_dream, ["lm_head.weight"], {}, "lacks lm_head.weight"),
         (write_dream, ["model.norm.weight"], {}, "lacks model.norm.weight"),
         (
+            write_dream,
+            ["model.norm.weight"],
+            {"norm.weight": torch.ones(128)},
+            "lacks model.norm.weight, .* It holds norm.weight instead",
+        ),
+        (
             write_llada,
             [LLADA_BLOCK + "ff_out.weight", "model.transformer.ff_out.weight"],
             {},
@@ -278,6 +284,13 @@ def test_files_that_hold_nothing_are_vllm_s_to_name(tmp_path):
         start_engine(tmp_path)
 
 
+def test_a_file_that_torch_cannot_read_is_refused(tmp_path):
+    path = write_llada(tmp_path)
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"The checkpoint's files cannot be read: UnpicklingError"):
+        start_engine(path)
+
+
 def test_a_head_beside_a_tied_embedding_is_refused(tmp_path):
     path = edit(
         write_llada(tmp_path, tie=True),
@@ -285,6 +298,20 @@ def test_a_head_beside_a_tied_embedding_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"ff_out.weight.* weight_tying"):
         start_engine(path)
+
+
+@pytest.mark.parametrize("write", [write_dream, write_illada])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path, write):
+    path = edit(write(tmp_path, tie=True), **{"lm_head.weight": torch.ones(320, 128)})
+    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding, which tie_word"):
+        start_engine(path)
+
+
+def test_a_copy_of_the_tied_embedding_passes_as_the_head(tmp_path):
+    path = write_illada(tmp_path)
+    copy = load_file(path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    edit(path, **{"lm_head.weight": copy})
+    assert_same(tokens_of(start(path)), runs_of(oracle.load_illada(path), ILLADA_MASK_ID))
 
 
 def test_heads_without_a_kernel_are_refused_at_the_start(tmp_path):

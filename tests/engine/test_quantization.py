@@ -2,15 +2,20 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Quantized checkpoints of the small trained model answer as the model itself does."""
 
+import json
+
 import pytest
 import torch
+from checkpoints import write_dream, write_llada_moe
 from engines import start_engine
 from needle.checkpoint import SHIPPED
 from quality.answers import Engine
 from quality.methods import METHODS
 from quality.questions import draw, mark
 from quantized import quantize_int4, quantize_int8
+from vllm import SamplingParams
 from vllm import _custom_ops as ops
+from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +79,51 @@ def test_a_scheme_whose_kernel_this_machine_lacks_is_refused_at_the_start(int4_p
         monkeypatch.setattr(ops, kernel, absent)
     with pytest.raises(ValueError, match=r"CompressedTensorsWNA16 .* this processor .*wna16.* Use"):
         start_engine(int4_path, max_model_len=512, dtype="bfloat16")
+
+
+BY_CHANNEL = "int8_per_channel_weight_only"
+
+
+def test_experts_without_a_kernel_are_refused_with_a_remedy_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # as AVX2 has none
+    path = write_llada_moe(tmp_path, mlp_hidden_size=64)
+    with pytest.raises(ValueError, match=f"{BY_CHANNEL} does not run .* this processor") as refusal:
+        start_engine(path, dtype="bfloat16", quantization=BY_CHANNEL)
+    remedy = {"linear": "fp8_per_channel"}
+    assert f"--quantization online --quantization-config '{json.dumps(remedy)}'" in str(
+        refusal.value
+    )
+    llm = start_engine(
+        path, dtype="bfloat16", quantization="online", quantization_config=remedy, max_model_len=64
+    )
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("write", [write_dream, write_llada_moe])
+def test_a_kernel_that_quantizes_as_weights_load_is_missed_by_name(tmp_path, monkeypatch, write):
+    def absent(*args, **kwargs):
+        raise RuntimeError("_C has no scaled_fp8_quant")
+
+    monkeypatch.setattr(ops, "scaled_fp8_quant", absent)
+    path = write(tmp_path, mlp_hidden_size=64)
+    args = {"quantization": "online", "quantization_config": {"linear": "fp8_per_tensor"}}
+    with pytest.raises(ValueError, match=r"quantization online does not run .* scaled_fp8_quant"):
+        start_engine(path, dtype="bfloat16", **args)
+
+
+def test_a_quantized_layer_is_tried_with_its_bias(tmp_path, monkeypatch):
+    apply = Fp8PtpcOnlineLinearMethod.apply
+
+    def apply_without(self, layer, x, bias=None):
+        if bias is not None:
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return apply(self, layer, x, bias)
+
+    monkeypatch.setattr(Fp8PtpcOnlineLinearMethod, "apply", apply_without)
+    with pytest.raises(ValueError, match=r"of model.layers.0.self_attn.qkv_proj does not run"):
+        start_engine(write_dream(tmp_path), dtype="bfloat16", quantization="fp8_per_channel")
 
 
 @pytest.mark.parametrize("method", ["dense", "sparsed-0.3"])

@@ -38,6 +38,7 @@ def start(path, **args):
         (INDEX, b'{"weight_map": {"a": "b"}}', "index.json .* names b, .* or remove the index"),
         (SECOND, b"", "00002-of-00002.safetensors cannot be read: .* Download it again"),
         (SECOND, POINTER, "00002-of-00002.safetensors .* Git LFS: run git lfs pull"),
+        ("pytorch_model.bin", POINTER, "pytorch_model.bin .* Git LFS: run git lfs pull"),
         ("generation_config.json", b"[]", "generation_config.json cannot be read"),
         ("generation_config.json", b"{", "generation_config.json cannot be read"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json cannot be read"),

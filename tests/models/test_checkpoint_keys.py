@@ -185,6 +185,7 @@ def test_other_configurations_that_cannot_run_are_refused_by_name(
         (write_llada, {"quantization_config": {"bits": 4}}, "with a quant_method, got {'bits': 4}"),
         (write_llada, {"quantization_config": []}, "quantization_config must be a mapping"),
         (write_llada, {"compression_config": "int8"}, "compression_config must be a mapping"),
+        (write_llada, {"torch_dtype": "torch.float32"}, "such as bfloat16, got 'torch.float32'"),
         (write_llada, {"torch_dtype": []}, "torch_dtype must be the name of a torch.dtype"),
         (write_llada, {"vocab_size": "320"}, "vocab_size must be an integer over 0, got '320'"),
         (write_llada, {"embedding_size": "320"}, "embedding_size must be at least 320"),
@@ -392,6 +393,10 @@ def test_overrides_of_the_rotary_embedding_take_effect(tmp_path, write, override
         ({"mlp_ratio": 2}, "mlp_ratio, which is read from config.json only: set mlp_hidden_size"),
         ({"embedding_size": 640}, "embedding_size, which is read from config.json only"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor, which a rope_type default"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config must be a mapping with"),
+        ({"quantization_config": "fp8"}, "quantization_config must be a mapping with"),
+        ({"architectures": "LLaDAModelLM"}, "architectures must be a list of names"),
+        ({"num_local_experts": []}, "num_local_experts, which changes nothing"),
     ],
     ids=str,
 )

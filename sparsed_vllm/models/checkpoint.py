@@ -4,6 +4,7 @@
 
 from collections.abc import Collection, Iterable, Iterator
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -74,10 +75,11 @@ def _check_head(model: nn.Module) -> None:
     """
     config: VllmConfig = model.vllm_config
     untied = getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False)
-    head, embedding = (
-        getattr(m, "weight", None) for m in (model.lm_head, model.model.embed_tokens)
-    )
-    if untied and head is not None and not torch.equal(head.cpu(), embedding.cpu()):
+    if not untied:
+        return
+    head: Any = getattr(model.lm_head, "weight", None)
+    embedding: Any = model.get_submodule("model.embed_tokens").weight
+    if head is not None and not torch.equal(head.cpu(), embedding.cpu()):
         raise ValueError(
             "lm_head.weight is not the embedding, which tie_word_embeddings says it is. Remove the "
             "tensor from the checkpoint, or set the key to false in its config.json."

@@ -73,7 +73,6 @@ class DenoisingConfig(PretrainedConfig):
     harmless: ClassVar[frozenset[str]] = frozenset()
     own_sizes: ClassVar[tuple[str, ...]] = ()  # keys of counts that not every model has
     settled: ClassVar[dict[str, str]] = {}  # key of the file that settles another -> that one
-    unread: ClassVar[dict[str, Any]] = {}  # a configuration that is read from a file has its own
 
     if TYPE_CHECKING:  # to transformers, an annotation makes a field
 
@@ -81,11 +80,12 @@ class DenoisingConfig(PretrainedConfig):
 
     def __post_init__(self, **given: Any) -> None:
         """Called by transformers with all of config.json but the keys that every model has."""
+        self.unread: dict[str, Any] = {}  # from_dict knows them
         given = self._without_aliases(given)
         rope = one_rotary(given, self.honoured.get("rope_theta"))
         defaults = {key: computed.default for key, computed in self.computed.items()}
         ours = {**self.honoured, **defaults, "mask_token_id": self.spec().mask_token_id}
-        del ours["rope_theta"]
+        ours.pop("rope_theta", None)  # it is in `rope`
         for key, default in ours.items():
             setattr(self, key, given.pop(key, default))
         self.rope_parameters = rope
@@ -229,7 +229,7 @@ class DenoisingConfig(PretrainedConfig):
     @classmethod
     def known_keys(cls) -> frozenset[str]:
         """The keys that this class reads, under all their names."""
-        rope = ("rope_scaling", "rope_parameters", "mask_token_id")
+        rope = ("rope_theta", "rope_scaling", "rope_parameters", "mask_token_id")
         return frozenset({*cls.honoured, *cls.computed, *cls.attribute_map, *rope})
 
     def _without_aliases(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -150,9 +150,11 @@ def flash_attention(device_type: str, dtype: torch.dtype) -> FlashAttention | No
         return None
     from vllm.v1.attention.backends import fa_utils
 
-    if dtype == torch.float32 or not fa_utils.is_flash_attn_varlen_func_available():
+    # The function is there for every NVIDIA GPU; versions of it, from compute capability 8.0 on.
+    exists = dtype != torch.float32 and fa_utils.is_flash_attn_varlen_func_available()
+    version = fa_utils.get_flash_attn_version() if exists else None
+    if version is None:
         logger.info("Dense steps run our Triton kernel: no FlashAttention for %s here.", dtype)
         return None
-    version = fa_utils.get_flash_attn_version()
     logger.info("Dense steps run FlashAttention %s.", version)
     return FlashAttention(fa_utils.flash_attn_varlen_func, version)

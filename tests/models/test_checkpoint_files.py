@@ -67,6 +67,12 @@ def test_a_shard_that_is_absent_is_refused_by_name(folder):
         start(folder)
 
 
+def test_a_folder_may_lack_all_tensors_for_dummy_weights(folder):
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    start(folder, load_format="dummy")
+
+
 @pytest.mark.parametrize("write", [write_llada, write_dream])
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, write):
     tokenizer = write(tmp_path / "tokenizer")

@@ -3,6 +3,7 @@
 """What goes wrong with one request is the end of that request only, by name."""
 
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -77,28 +78,58 @@ def test_logits_that_are_not_numbers_fail_their_request(llada, monkeypatch, capl
     assert re.fullmatch(rf"Request \S+ failed: {NOT_NUMBERS}\.", line)
 
 
+SPARSE = {"use_sparsed": 1, "sparsed_block_size": 16}
 KERNELS = ["block_scores", "select_blocks", "block_sparse_attention"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_s_failure_fails_the_request_it_worked_for(llada, monkeypatch, kernel):
-    sparse = {"use_sparsed": 1, "sparsed_block_size": 16}
-    alone = generate(llada, **sparse)
+FAILURES = [RuntimeError("out of registers"), torch.OutOfMemoryError("of the GPU"), MemoryError()]
+
+
+def name_of(value):
+    return value if isinstance(value, str) else type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("kernel", "failure"),
+    [*product(KERNELS, FAILURES[:1]), *product(KERNELS[-1:], FAILURES[1:])],
+    ids=name_of,
+)
+def test_a_kernel_s_failure_fails_the_request_it_worked_for(llada, monkeypatch, kernel, failure):
+    alone = generate(llada, **SPARSE)
     run = getattr(api, kernel)
 
     def failing(*args, **kwargs):
         layout = next(x for x in args if isinstance(x, BatchLayout))
         if len(PROMPTS[VICTIM]) + 16 in layout.host[KEY_LEN]:
-            raise RuntimeError("out of registers")
+            raise failure
         return run(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(api, kernel, failing)
-        outputs = generate(llada, **sparse)
+        outputs = generate(llada, **SPARSE)
     assert [out.finish_reason for out in outputs] == ["length", "error", "length"]
     for i in (0, 2):
         assert outputs[i].token_ids == alone[i].token_ids
-    assert [out.token_ids for out in generate(llada, **sparse)] == [out.token_ids for out in alone]
+    assert [out.token_ids for out in generate(llada, **SPARSE)] == [out.token_ids for out in alone]
+
+
+def test_memory_that_lacks_for_a_batch_but_not_for_its_requests_fails_none(llada, monkeypatch):
+    alone = generate(llada, **SPARSE)
+    run = api.block_sparse_attention
+    refused = []
+
+    def failing(*args, **kwargs):
+        layout = next(x for x in args if isinstance(x, BatchLayout))
+        if layout.num_seqs > 1:
+            refused.append(layout)
+            raise torch.OutOfMemoryError
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "block_sparse_attention", failing)
+        outputs = generate(llada, **SPARSE)
+    assert refused
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in alone]
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "dense_attention", "choose_tokens"])
@@ -111,12 +142,21 @@ def test_an_engine_whose_kernel_cannot_run_does_not_start(llada_path, monkeypatc
         start_engine(llada_path)
 
 
-def test_an_assertion_of_our_own_is_not_taken_for_bad_logits(llada_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "failure"),
+    [
+        ("block_scores", AssertionError("the table is too narrow")),
+        ("dense_attention", torch.OutOfMemoryError("of the GPU")),
+    ],
+    ids=name_of,
+)
+def test_what_fails_a_whole_step_ends_the_engine(llada_path, monkeypatch, kernel, failure):
+    """A failed assertion of our own is a bug, and is not taken for bad logits."""
     llm = start_engine(llada_path)
 
     def failing(*args, **kwargs):
-        raise AssertionError("the table is too narrow")
+        raise failure
 
-    monkeypatch.setattr(api, "block_scores", failing)
-    with pytest.raises(AssertionError, match="too narrow"):
+    monkeypatch.setattr(api, kernel, failing)
+    with pytest.raises(type(failure), match=str(failure)):
         generate(llm, use_sparsed=1)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import serving
@@ -22,12 +23,18 @@ STYLES = ({"steps": 8, "block_length": 4}, {"steps": 8, "use_sparsed": 1, "spars
 
 
 @pytest.fixture(scope="module")
-def client(llada_path):
+def server(llada_path):
+    """A running server's process and an OpenAI client of it."""
     sizes = ("--tensor-parallel-size", "2", "--data-parallel-size", "2")
     # vLLM binds each process to cores; it cannot share out one NUMA node itself.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    with serving(llada_path, *sizes, "--api-server-count", "1", **cores) as (_, client):
-        yield client
+    with serving(llada_path, *sizes, "--api-server-count", "1", **cores) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +97,27 @@ def test_a_bad_request_is_refused_and_the_next_one_served(client, expected):
     with pytest.raises(openai.BadRequestError, match="stepz"):
         complete(client, "hello", {"stepz": 1})
     assert complete(client, PROMPTS[0], STYLES[1]).choices[0].token_ids == expected[1][0]
+
+
+def test_a_killed_worker_ends_every_request_and_the_server(server):
+    """The last test of this file: the server is gone afterwards."""
+    process, client = server
+    streams = [
+        client.completions.create(
+            model="tiny",
+            prompt=prompt,
+            max_tokens=200,
+            stream=True,
+            extra_body={"ignore_eos": True, "vllm_xargs": {"block_length": 4}},
+        )
+        for prompt in PROMPTS
+    ]
+    for stream in streams:
+        next(iter(stream))
+    of_server = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in of_server if "Worker" in " ".join(child.cmdline())).kill()
+    for stream in streams:  # those of the other engine too
+        with pytest.raises(openai.APIError, match="EngineCore encountered an issue"):
+            list(stream)
+    assert httpx.get(str(client.base_url.join("/health"))).status_code == 503
+    assert process.wait(timeout=60) == 0

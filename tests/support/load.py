@@ -4,7 +4,8 @@
 
 Every answer must equal the one that its request got alone, before the load. By hand, against a
 server of a small LLaDA with 512 places (examples/checkpoints.py) whose requests may reuse keys and
-values; --reset needs VLLM_SERVER_DEV_MODE=1 there:
+values. There --reset needs VLLM_SERVER_DEV_MODE=1, and MALLOC_MMAP_THRESHOLD_=262144 leaves memory
+that is free out of what is printed:
 
     python tests/support/load.py http://127.0.0.1:8000 --clients 200 --minutes 10 --pid PID
 """

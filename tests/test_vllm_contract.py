@@ -17,6 +17,7 @@ import vllm
 from vllm import SamplingParams
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.transformers_utils import config as config_readers
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
@@ -37,7 +38,7 @@ from sparsed_vllm.attention import (
 )
 from sparsed_vllm.compat import missing_seams, why_unsupported
 from sparsed_vllm.model_state import DenoisingModelState
-from sparsed_vllm.models.registry import MODELS
+from sparsed_vllm.models.registry import MODELS, find_class
 from sparsed_vllm.patches.apply import apply_all
 from sparsed_vllm.patches.inventory import PATCHES, SERVER_PATCHES
 from sparsed_vllm.scheduler import DenoisingScheduler
@@ -164,6 +165,9 @@ def test_our_architectures_are_registered_with_their_hook():
     import sparsed_vllm
 
     sparsed_vllm.register()
-    for architecture in MODELS:
+    # By this table vLLM finds our classes where a config.json has no model_type.
+    types = config_readers._ARCHITECTURE_TO_MODEL_TYPE
+    for architecture, spec in MODELS.items():
+        assert types[architecture] == find_class(spec.config).model_type
         assert architecture in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[architecture].__name__ == "DenoisingModelConfig"

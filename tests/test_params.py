@@ -10,7 +10,7 @@ import torch
 
 from sparsed_vllm.config import REQUEST_FIELDS, SparseConfig, choose_sparsity
 from sparsed_vllm.families import DREAM, FAMILIES, LLADA
-from sparsed_vllm.params import BadRequest, parse_params, request_fields
+from sparsed_vllm.params import BadRequest, check_periods, parse_params, request_fields
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = [0, -1, 1.5, "8", True, None, [4], math.nan, 10**9]
@@ -151,6 +151,7 @@ def test_no_value_of_any_parameter_causes_any_other_error(family):
                     also_known=REQUEST_FIELDS,
                 )
                 choose_sparsity(SparseConfig(), {name: value}, 100)
+                check_periods({name: value}, ("sparsed_refresh",), 32)
             assert len(str(refused.value)) < 2000
             assert str(refused.value).encode()
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from needle import tasks
-from needle.tasks import Sample, Words
+from needle import tasks, texts
+from needle.tasks import Sample
+from needle.texts import Words
 from needle.vocabulary import BOS, END_HEADER, END_TURN, EOS, HEADER, ID, MASK, encode
 
 MASK_ID, EOS_ID = ID[MASK], ID[EOS]
@@ -91,7 +92,7 @@ def recall(rng: random.Random, length: int) -> Example:
     Questions alone supervise a few tokens of a text, and the heads that find a key by its name
     are slow to form.
     """
-    facts = [tasks.fact(rng) for _ in range(max(1, length // 24))]
+    facts = [(texts.key(rng), texts.number(rng)) for _ in range(max(1, length // 24))]
     tellings = [(fact, gap) for fact in facts for gap in (False, True)]
     rng.shuffle(tellings)
     ids: list[int] = []

@@ -3,11 +3,17 @@
 """Train the needle model: a small LLaDA that finds what is hidden in long texts.
 
     python examples/train_needle.py --out needle
+    python examples/train_needle.py --continue examples/needle/model --out needle_long
+    python examples/train_needle.py --continue needle_long    # goes on where it was interrupted
+    python examples/train_needle.py --examine needle_long
 
-Nine minutes on an H100. Texts are made on the fly (needle/tasks.py). A line of progress comes
-with the first step and then every ten seconds, and the checkpoint is written anew with it: whoever
-interrupts the training (Ctrl-C, SIGTERM) keeps the last one. At the end the model is examined: for
-each length and task, the share of the answers' tokens and of the whole answers that are right.
+Nine minutes on an H100, and twenty for the continuation, which takes a trained model to texts of
+33k tokens, and to tasks of two hops and of long answers. Texts are made on the fly
+(needle/tasks.py). A line of progress comes with the first step and then every ten seconds, and the
+checkpoint is written anew with it: whoever interrupts the training (Ctrl-C, SIGTERM, --stop-after)
+keeps the last one, and beside it training.json, with which it goes on. The plan, the clock and the
+stage are kept; the optimizers begin anew. At the end the model is examined: for each length and
+task, the share of the answers' tokens and of the whole answers that are right.
 
 A CPU is a few hundred times slower. There batches are smaller, and a few minutes show the loss
 fall, but are far from a model that answers.
@@ -20,13 +26,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from needle import checkpoint, evaluation
+from needle import checkpoint, evaluation, record
 from needle.network import Network, Shape
-from needle.tasks import TASKS
-from needle.training import Plan, train
+from needle.plan import LONG_LENGTHS, ROOM, Plan, Standing, continued
+from needle.record import Record
+from needle.tasks import ALL_TASKS, LONG_CANVAS, RETRIEVAL, TASKS
+from needle.training import train
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -45,40 +54,128 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 ON_GPU = torch.cuda.is_available()
+BATCH_TOKENS = 8192 if ON_GPU else 2048
 
 
 def parse() -> argparse.Namespace:
-    longest = Shape().max_sequence_length - evaluation.CANVAS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=number(float, 0.01, 1440), default=8.5)
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the checkpoint")
+    add("--continue", type=Path, dest="source", help="a checkpoint: without --out, go on there")
+    add("--examine", type=Path, help="a checkpoint: train nothing")
+    add("--minutes", type=number(float, 0.01, 1440), help="of the plan; 8.5, continued 20")
+    add(
+        "--stop-after", type=number(float, 0.01, 1440), default=math.inf, help="minutes of this run"
+    )
+    add("--longest", type=int, choices=LONG_LENGTHS, help="tokens of a text, when continued")
+    add("--rope-theta", type=number(float, 100, 1e9), help="when continued; else the checkpoint's")
+    add("--adam-rate", type=number(float, 0, 1), help="the highest, of what is no matrix")
+    add("--muon-rate", type=number(float, 0, 1), help="the highest, of matrices")
+    add("--seed", type=number(int, 0, 2**31), default=0)
     spare = max(1, min(14, (os.cpu_count() or 1) - 1))
-    parser.add_argument("--workers", type=number(int, 1, 256), default=spare, help="draw batches")
-    samples = 64 if ON_GPU else 2
-    parser.add_argument(
-        "--samples", type=number(int, 1, 10**6), default=samples, help="a task, length"
-    )
-    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="examined")
-    parser.add_argument(
-        "--lengths",
-        type=number(int, 96, longest),
-        nargs="+",
-        default=[512, 1024, 2048, 4096] if ON_GPU else [128],
-        help="of examined prompts, in tokens",
-    )
-    return parser.parse_args()
+    add("--workers", type=number(int, 1, 256), default=spare, help="draw batches")
+    add("--samples", type=number(int, 1, 10**6), help="a task, length; of long texts fewer")
+    add("--tasks", choices=ALL_TASKS, nargs="+", help="examined")
+    add("--lengths", type=int, nargs="*", help="of examined prompts, in tokens; none: no exam")
+    args = parser.parse_args()
+    if problem := why_not(args):
+        parser.error(problem)
+    args.lengths = lengths_of(args) if args.lengths is None else args.lengths
+    longest = shape_of(args).max_sequence_length - LONG_CANVAS
+    for length in args.lengths:
+        if not 96 <= length <= longest:
+            parser.error(f"argument --lengths: {length} is not from 96 to {longest}")
+    return args
+
+
+def why_not(args: argparse.Namespace) -> str | None:
+    """What is wrong with the folders, in one line; settles where the checkpoint goes."""
+    if sum(x is not None for x in (args.examine, args.out or args.source)) != 1:
+        return "one of --out, --continue and --examine is needed, and no --out with --examine"
+    for name, folder in (("--examine", args.examine), ("--continue", args.source)):
+        if folder and not (folder / checkpoint.WEIGHTS).is_file():
+            return f"argument {name}: no checkpoint in {folder}"
+    if args.source is None:
+        given = [name for name in ("longest", "rope_theta") if getattr(args, name) is not None]
+        return f"argument --{given[0].replace('_', '-')}: only with --continue" if given else None
+    unfinished = record.load(args.source) is not None
+    args.resumes = args.out in (None, args.source)
+    args.out = args.out or args.source
+    if args.resumes and not unfinished:
+        return f"argument --continue: no unfinished training in {args.source}; name another --out"
+    if args.resumes and (args.longest or args.rope_theta):
+        return "argument --continue: --longest and --rope-theta are as the training began"
+    if unfinished and not args.resumes:
+        return f"argument --continue: the training in {args.source} is not done: leave out --out"
+    return None
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """Of the network that is trained or examined."""
+    if args.source is None:
+        return checkpoint.shape_of(args.examine) if args.examine else Shape()
+    shape = checkpoint.shape_of(args.source)
+    if args.resumes:
+        return shape
+    longest = max(shape.max_sequence_length, (args.longest or LONG_LENGTHS[-1]) + ROOM)
+    theta = args.rope_theta or shape.rope_theta
+    return replace(shape, max_sequence_length=longest, rope_theta=theta)
+
+
+def is_long(shape: Shape) -> bool:
+    """Whether a network was made by a continuation."""
+    return shape.max_sequence_length > Shape().max_sequence_length
+
+
+def lengths_of(args: argparse.Namespace) -> list[int]:
+    """Of examined prompts, where none are named."""
+    shape = shape_of(args)
+    if not ON_GPU:
+        return [512 if is_long(shape) else 128]
+    lengths = [1024 << i for i in range(6)] if is_long(shape) else [512, 1024, 2048, 4096]
+    return [n for n in lengths if n + LONG_CANVAS <= shape.max_sequence_length]
+
+
+def begin(args: argparse.Namespace) -> tuple[Network, Record]:
+    """What is trained, and how."""
+    given = {name: getattr(args, name) for name in ("minutes", "adam_rate", "muon_rate")}
+    given = {name: value for name, value in given.items() if value is not None}
+    shape = shape_of(args)
+    if args.source is None:
+        plan = replace(Plan(8.5, batch_tokens=BATCH_TOKENS), **given)
+        return Network(shape), Record(plan, args.seed, Standing(0.0, plan.first))
+    sizes = {"max_sequence_length": shape.max_sequence_length, "rope_theta": shape.rope_theta}
+    network = checkpoint.load(args.source, **sizes)
+    if args.resumes:
+        kept = record.load(args.source)
+        assert kept is not None
+        return network, replace(kept, plan=replace(kept.plan, **given))
+    trained = checkpoint.shape_of(args.source).max_sequence_length - ROOM
+    plan = continued(20, args.longest or LONG_LENGTHS[-1], trained, BATCH_TOKENS)
+    plan = replace(plan, **given)
+    return network, Record(plan, args.seed, Standing(0.0, plan.first))
 
 
 def examine(network: Network, args: argparse.Namespace) -> None:
+    long = is_long(network.shape)
+    most = args.samples or ((32 if long else 64) if ON_GPU else 2)
     for length in args.lengths:
-        for task in args.tasks:
-            exam = evaluation.draw(task, length, args.samples, args.seed)
-            tokens, exact = evaluation.evaluate(network, exam)
+        # Of texts of 32k tokens a few questions take as long as all others.
+        samples = max(min(most, 8), most * 4096 // max(length, 4096))
+        right = {}
+        for task in args.tasks or (ALL_TASKS if long else TASKS):
+            exam = evaluation.draw(task, length, samples, args.seed)
+            right[task], exact = evaluation.evaluate(network, exam)
             print(
-                f"{length:5d} tokens  {task:10}  tokens {tokens:.3f}  exact {exact:.3f}", flush=True
+                f"{length:5d} tokens  {task:10}  tokens {right[task]:.3f}  exact {exact:.3f}",
+                flush=True,
+            )
+        if found := [right[task] for task in RETRIEVAL if task in right]:
+            share = sum(found) / len(found)
+            print(
+                f"{length:5d} tokens  retrieval   tokens {share:.3f}  of {samples} each", flush=True
             )
 
 
@@ -93,6 +190,8 @@ def main() -> None:
     try:
         run(args)
     except KeyboardInterrupt:
+        if args.examine:
+            sys.exit("interrupted")
         weights = args.out / checkpoint.WEIGHTS
         kept = f"{args.out} holds the last checkpoint" if weights.exists() else "nothing saved yet"
         sys.exit(f"interrupted: {kept}")
@@ -101,18 +200,39 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if ON_GPU else "cpu")
-    network = Network(Shape()).to(device)
+    if args.examine:
+        examine(checkpoint.load(args.examine).to(device), args)
+        return
+    network, begun = begin(args)
+    network = network.to(device)
+    plan, standing = begun.plan, begun.standing
     size = sum(weight.numel() for weight in network.parameters())
-    print(f"{size / 1e6:.2f} M parameters, {args.minutes:g} minutes on {device.type}", flush=True)
-    started = time.time()
-    train(
-        network,
-        Plan(args.minutes, batch_tokens=8192 if ON_GPU else 2048),
-        seed=args.seed,
-        workers=args.workers,
-        save=lambda: checkpoint.save(network, args.out),
+    print(
+        f"{size / 1e6:.2f} M parameters, {plan.minutes:g} minutes on {device.type}, "
+        f"texts of {plan.lengths[standing.stage]} to {plan.lengths[-1]} tokens",
+        flush=True,
     )
-    print(f"trained in {time.time() - started:.0f} s: {args.out}", flush=True)
+    started = time.time()
+
+    def save(now: Standing) -> None:
+        checkpoint.save(network, args.out)
+        record.save(replace(begun, standing=now), args.out)
+
+    now = train(
+        network,
+        plan,
+        seed=begun.seed,
+        workers=args.workers,
+        save=save,
+        standing=standing,
+        seconds=60 * args.stop_after,
+    )
+    spent = time.time() - started
+    if plan.progress(now.seconds) < 1:
+        print(f"stopped after {spent:.0f} s: --continue {args.out} goes on", flush=True)
+        return
+    record.remove(args.out)
+    print(f"trained in {spent:.0f} s: {args.out}", flush=True)
     examine(network, args)
 
 

@@ -17,7 +17,8 @@ import torch
 import train_needle
 from needle import batches, checkpoint, evaluation, tasks, training, vocabulary
 from needle.network import Network, Shape
-from needle.training import LENGTHS, Plan, Trainer
+from needle.plan import LENGTHS, Plan
+from needle.training import Trainer
 from vllm import SamplingParams
 
 TINY_SIZES = {"n_layers": 1, "n_heads": 1, "d_model": 64, "mlp_hidden_size": 64}
@@ -107,14 +108,14 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(monkeypat
     network, saved = Network(TINY), []
     torch.nn.init.constant_(network.model["transformer"]["wte"].weight, float("nan"))
     with pytest.raises(FloatingPointError, match="loss is not a number"):
-        training.train(network, SHORT, seed=0, workers=0, save=lambda: saved.append(1))
+        training.train(network, SHORT, seed=0, workers=0, save=saved.append)
     assert not saved
 
 
 def test_a_line_comes_with_the_first_step_and_then_by_the_clock(monkeypatch, capsys):
     monkeypatch.setattr(training, "LINE", 0.5)
     saved = []
-    training.train(Network(TINY), SHORT, seed=0, workers=0, save=lambda: saved.append(1))
+    training.train(Network(TINY), SHORT, seed=0, workers=0, save=saved.append)
     lines = capsys.readouterr().out.splitlines()
     assert " step 1," in lines[0] and 3 <= len(lines) <= 6
     assert all(re.search(r"\d s left  step \d+, [\d.]+ a second  loss \d", line) for line in lines)

@@ -3,6 +3,7 @@
 """Training examples of one length: which tokens, and which of them are masked."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from needle.vocabulary import BOS, END_HEADER, END_TURN, EOS, HEADER, ID, MASK, 
 MASK_ID, EOS_ID = ID[MASK], ID[EOS]
 CANVASES = (16, 24, 32, 48, 64)  # tokens of an answer and the end-of-text that fills it up
 RECALL = "recall"
-KINDS = (*tasks.TASKS, RECALL)
+KINDS = (*tasks.ALL_TASKS, RECALL)
 SHARES = {  # of the questions; the tasks with the fewest tokens to learn from are asked more often
     "single": 0.08,
     "multikey": 0.2,
@@ -24,6 +25,12 @@ SHARES = {  # of the questions; the tasks with the fewest tokens to learn from a
     "variables": 0.2,
     "common": 0.2,
 }
+Canvases = tuple[tuple[int, Mapping[str, float]], ...]  # each as likely; tokens, tasks' shares
+SHORT: Canvases = tuple((size, SHARES) for size in CANVASES)
+LONG: Canvases = (  # a third of the questions has the longest canvas, where texts have room for it
+    *((size, {**SHARES, "twohop": 0.25}) for size in CANVASES),
+    *3 * ((tasks.LONG_CANVAS, {**SHARES, "twohop": 0.25, "paragraph": 1.0, "listing": 0.75}),),
+)
 PLAIN_END = ("answer", ":")  # of a prompt that is no chat
 
 
@@ -65,20 +72,20 @@ def prompt_ids(sample: Sample, *, plain: bool = False) -> list[int]:
 def pose(rng: random.Random, task: str, length: int, canvas: int) -> tuple[list[int], list[int]]:
     """A chat prompt of exactly `length` tokens, and its answer, which leaves the canvas room."""
     while True:
-        sample = tasks.TASKS[task](rng, length - CHAT_TOKENS)
+        sample = tasks.ALL_TASKS[task](rng, length - CHAT_TOKENS)
         prompt, answer = prompt_ids(sample), encode(sample.answer)
         if len(prompt) == length and len(answer) < canvas:
             return prompt, answer
 
 
-def question(rng: random.Random, length: int) -> Example:
+def question(rng: random.Random, length: int, canvases: Canvases = SHORT) -> Example:
     """A prompt and the canvas behind it, `length` tokens together."""
     while True:
-        canvas = rng.choice([size for size in CANVASES if size <= length // 4])
+        canvas, shares = rng.choice([one for one in canvases if one[0] <= length // 4])
         plain = rng.random() < 0.25
         room = length - canvas - (len(PLAIN_END) if plain else CHAT_TOKENS)
-        (task,) = rng.choices(list(SHARES), list(SHARES.values()))
-        sample = tasks.TASKS[task](rng, room)
+        (task,) = rng.choices(list(shares), list(shares.values()))
+        sample = tasks.ALL_TASKS[task](rng, room)
         prompt, answer = prompt_ids(sample, plain=plain), encode(sample.answer)
         if len(prompt) + canvas == length and len(answer) < canvas:
             break
@@ -118,10 +125,13 @@ def _telling(rng: random.Random, key: Words, number: str) -> tuple[list[int], ra
     return [*start, *named, *encode(["is"]), *value, *encode(["."])], hidden
 
 
-def make(rng: random.Random, length: int, size: int, recall_share: float) -> Batch:
+def make(
+    rng: random.Random, length: int, size: int, recall_share: float, canvases: Canvases = SHORT
+) -> Batch:
     """Draw examples, and mask the asked places of each with a chance of its own (LLaDA's t)."""
     drawn = [
-        (recall if rng.random() < recall_share else question)(rng, length) for _ in range(size)
+        recall(rng, length) if rng.random() < recall_share else question(rng, length, canvases)
+        for _ in range(size)
     ]
     noise = np.random.default_rng(rng.getrandbits(63))
     chance = np.minimum(noise.random((size, 1)) * 1.15, 1)  # 13% are all masks, as at step 0

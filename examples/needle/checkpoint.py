@@ -4,6 +4,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,18 @@ def save(network: Network, folder: Path) -> None:
     checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, **named)
 
 
-def load(folder: Path) -> Network:
-    """The network of a folder that save() wrote, in float32 on the CPU."""
+def shape_of(folder: Path) -> Shape:
+    """The sizes of the network of a folder that save() wrote."""
     keys = json.loads((folder / "config.json").read_text())
-    network = Network(Shape(**{name: keys[name] for name in Shape.__dataclass_fields__}))
+    return Shape(**{name: keys[name] for name in Shape.__dataclass_fields__})
+
+
+def load(folder: Path, **changes: Any) -> Network:
+    """The network of a folder that save() wrote, in float32 on the CPU.
+
+    changes: sizes that no weight depends on: max_sequence_length, rope_theta
+    """
+    network = Network(replace(shape_of(folder), **changes))
     weights = load_file(folder / WEIGHTS)
     network.load_state_dict({name: weight.to(torch.float32) for name, weight in weights.items()})
     return network

@@ -86,11 +86,57 @@ def common(rng: random.Random, budget: int) -> Sample:
     return Sample("common", words, question, [kinds[0], "."])
 
 
+def twohop(rng: random.Random, budget: int) -> Sample:
+    """The number of a key's house: the text tells the house's name, and elsewhere its number.
+
+    Other keys have houses too, and the key may have a number of its own.
+    """
+    count = 1 + min(max(1, budget // 56 - 1), round(2 ** rng.uniform(0, 6)))
+    houses = texts.distinct(rng, texts.short_key, count)
+    keys = [key for key in texts.distinct(rng, texts.key, 2 * count) if key not in houses][:count]
+    numbers = [texts.number(rng) for _ in houses]
+    told = _usually_first(rng, _STATEMENTS)
+    needles = [_statement(told, *pair) for pair in zip(houses, numbers, strict=True)]
+    needles += [[*_HOUSE, *key, "is", *house, "."] for key, house in zip(keys, houses, strict=True)]
+    if rng.random() < 0.5:
+        needles.append(_statement(told, keys[0], texts.number(rng)))
+    rng.shuffle(needles)
+    # Not "what is the house of KEY ?": that asks for its name.
+    question = _question(rng, [[*_HOUSE, *keys[0]]], 1, _QUESTIONS[:-1])
+    haystack = texts.bury(rng, needles, budget - len(encode(question)))
+    return Sample("twohop", haystack, question, [*houses[0], "is", numbers[0], "."])
+
+
+def paragraph(rng: random.Random, budget: int) -> Sample:
+    """A named paragraph of 31 to 120 tokens, to be copied; others have other names."""
+    count = 1 + min(budget // 256, round(2 ** rng.uniform(0, 5)))
+    names = texts.distinct(rng, texts.short_key, count)
+    told = [texts.paragraph(rng, rng.randint(32, max(32, min(112, budget // 2)))) for _ in names]
+    needles = [
+        [*_TEXT, *name, "is", ":", *words, "end", "of", *_TEXT, *name, "."]
+        for name, words in zip(names, told, strict=True)
+    ]
+    rng.shuffle(needles)
+    question = ["what", "is", *_TEXT, *names[0], "?"]
+    haystack = texts.bury(rng, needles, budget - len(encode(question)))
+    return Sample("paragraph", haystack, question, told[0])
+
+
+def listing(rng: random.Random, budget: int) -> Sample:
+    """All numbers of one key, 8 to 16 if so many fit, to be told in the order of the text."""
+    values = min(rng.randint(8, 16), max(1, budget // 24))
+    others = _crowd(rng, budget, values)
+    return _retrieval("listing", rng, budget, asked=1, values=values, others=others)
+
+
+_HOUSE, _TEXT = ["the", "house", "of"], ["the", "text", "of"]
+
+
 def _retrieval(
     task: str, rng: random.Random, budget: int, *, asked: int, values: int, others: int
 ) -> Sample:
     keys = texts.distinct(rng, texts.key, asked + others)
-    numbers = [[texts.number(rng) for _ in range(values)] for _ in keys[:asked]]
+    numbers = [_numbers(rng, values) for _ in keys[:asked]]
     told = _usually_first(rng, _STATEMENTS)
     needles = [
         [_statement(told, key, number) for number in row]
@@ -149,8 +195,21 @@ def _statement(template: str, key: Words, number: str) -> Words:
     return template.format(" ".join(key), number).split()
 
 
-def _question(rng: random.Random, keys: list[Words], values: int) -> Words:
-    one, every, many = _usually_first(rng, _QUESTIONS)
+def _numbers(rng: random.Random, count: int) -> list[str]:
+    """Numbers of one key. Many have three to six digits each: 33 tokens or more, on one canvas."""
+    if count < 8:
+        return [texts.number(rng) for _ in range(count)]
+    ranges = [(10**digits, 10 ** (digits + 1)) for digits in rng.choices(range(2, 6), k=count)]
+    return [str(rng.randrange(*ends)) for ends in ranges]
+
+
+def _question(
+    rng: random.Random,
+    keys: list[Words],
+    values: int,
+    forms: tuple[tuple[str, str, str], ...] = _QUESTIONS,
+) -> Words:
+    one, every, many = _usually_first(rng, forms)
     template = many if len(keys) > 1 else every if values > 1 else one
     return template.format(" ".join(_listed(keys))).split()
 
@@ -172,7 +231,20 @@ def _crowd(rng: random.Random, budget: int, asked: int) -> int:
     return min(most, round(2 ** rng.uniform(0, 7)))
 
 
-TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
+Task = Callable[[random.Random, int], Sample]
+TASKS: dict[str, Task] = {
     task.__name__: task for task in (single, multikey, multiquery, multivalue, variables, common)
 }
 RETRIEVAL = ("single", "multikey", "multiquery", "multivalue")
+# Besides, the model for long contexts learns these.
+LONG_TASKS: dict[str, Task] = {task.__name__: task for task in (twohop, paragraph, listing)}
+ALL_TASKS = TASKS | LONG_TASKS
+LONG_CANVAS = 128  # tokens: what holds the answers of all tasks
+
+
+def that_fit(canvas: int) -> list[str]:
+    """The tasks whose answers fit on a canvas of so many tokens."""
+    return [task for task in ALL_TASKS if canvas >= LONG_CANVAS or task not in _LONG_ANSWERS]
+
+
+_LONG_ANSWERS = ("paragraph", "listing")

@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pydoc_data.topics import topics
 
 from needle.vocabulary import ID, encode
@@ -61,6 +62,22 @@ def distinct(rng: random.Random, make: Callable[[random.Random], Words], count: 
     while len(keys) < count:
         keys[tuple(make(rng))] = None
     return [list(made) for made in keys]
+
+
+def paragraph(rng: random.Random, tokens: int) -> Words:
+    """Sentences of different kinds: so many tokens, or at most eight more."""
+    words: Words = []
+    while (size := len(encode(words))) < tokens:
+        sentence = rng.choice((random_sentence, spelled_sentence, prose))(rng)
+        if size + len(encode(sentence)) <= tokens + 8 and _reads_as_told(sentence):
+            words += sentence
+    return words
+
+
+def _reads_as_told(sentence: Words) -> bool:
+    """Whether a tokenizer that tidies up writes what it read, with no "don't" for a "do not"."""
+    is_plain = all(word.isalnum() or word in ",.?" for word in sentence)
+    return is_plain and ("do", "not") not in pairwise(sentence)
 
 
 def interleave(rng: random.Random, groups: list[list[Words]]) -> list[Words]:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Training: short texts first, longer ones once these are mastered."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,60 +19,32 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from needle.batches import EOS_ID, KINDS, MASK_ID, Batch, make
 from needle.network import Network
 from needle.optimizer import Muon
+from needle.plan import Plan, Standing, batch_size
 
-LENGTHS = (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2176, 3072, 4352)  # a stage each
-GATES = ("single", "multikey")  # tasks that must be mastered before texts grow longer
-MASTERY = 0.95  # share of their masked tokens told right
-SHORTEST = 800  # steps of a stage
-CHUNK = 8  # batches that a worker hands over at once
-CHECK = 200  # steps from one look at the scores to the next
+MASTERY = 0.95  # share of a gate's masked tokens told right
 LINE = 10.0  # seconds from one line of progress to the next
-
-
-def batch_size(length: int, tokens: int) -> int:
-    """Examples of a batch of so many tokens, more where texts are so long that few would fit."""
-    return max(tokens // length, 8)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long to train and how fast to learn. Progress is the share of the time that is spent."""
-
-    minutes: float
-    adam_rate: float = 1e-3
-    muon_rate: float = 3e-3
-    warm_up: int = 300  # steps, or a tenth of the time where steps are slow
-    batch_tokens: int = 8192
-    decay: float = 0.55  # the last share of the time, over which rates fall to zero
-    latest: float = 0.6  # progress at which the last stage begins at the latest
-
-    def rate(self, step: int, progress: float) -> float:
-        """Share of the full learning rates."""
-        warm = max((step + 1) / self.warm_up, progress / 0.1)
-        return max(0.0, min(1.0, warm, (1 - progress) / self.decay))
-
-    def latest_stage(self, progress: float) -> int:
-        """The stage in which this progress must be, mastered or not."""
-        last = len(LENGTHS) - 1
-        return min(last, int(progress / self.latest * last))
 
 
 class Feed(IterableDataset[list[Batch]]):
     """Batches for the current stage, drawn in worker processes; a chunk has one length."""
 
-    def __init__(self, seed: int, stage: Any, tokens: int) -> None:
-        """stage: an integer that all processes share.  tokens: of a batch"""
-        self.seed, self.stage, self.tokens = seed, stage, tokens
+    def __init__(self, seed: str, stage: Any, plan: Plan) -> None:
+        """stage: an integer that all processes share"""
+        self.seed, self.stage, self.plan = seed, stage, plan
 
     def __iter__(self) -> Iterator[list[Batch]]:
         info = get_worker_info()
         rng = random.Random(f"{self.seed} {info.id if info else 0}")
         while True:
             stage = self.stage.value
-            length = LENGTHS[stage if rng.random() < 0.6 else rng.randint(0, stage)]
-            recall_share = 0.05 + 0.5 * 0.8**stage
-            size = batch_size(length, self.tokens)
-            yield [make(rng, length, size, recall_share) for _ in range(CHUNK)]
+            level = stage if rng.random() < 0.6 else rng.randint(0, stage)
+            yield [self._draw(rng, stage, self.plan.lengths[level]) for _ in range(self.plan.chunk)]
+
+    def _draw(self, rng: random.Random, stage: int, length: int) -> Batch:
+        share, size = self.plan.recall_share(stage), batch_size(length, self.plan.batch_tokens)
+        if self.plan.recall_apart:
+            share = float(rng.random() < share)
+        return make(rng, length, size, share, self.plan.canvases)
 
     def batches(self, workers: int) -> Iterator[Batch]:
         for chunk in DataLoader(self, batch_size=None, num_workers=workers):
@@ -122,7 +95,7 @@ class Trainer:
         self.slots: dict[tuple[int, ...], Slot] = {}
         sums = {"dtype": torch.float64, "device": self.device}
         self.steps, self.loss = 0, torch.zeros((), **sums)
-        self.told = torch.zeros(2, len(KINDS), len(LENGTHS), **sums)
+        self.told = torch.zeros(2, len(KINDS), len(plan.lengths), **sums)
         self._make_optimizers()
 
     def _make_optimizers(self) -> None:
@@ -184,7 +157,7 @@ class Trainer:
         self.loss.add_(loss)
         told = slot.masked & (slot.ids != EOS_ID)
         right = told & (logits.argmax(-1) == slot.ids)
-        level = LENGTHS.index(slot.ids.shape[1])
+        level = self.plan.lengths.index(slot.ids.shape[1])
         counts = torch.stack((right.sum(1), told.sum(1))).double()
         self.told[:, :, level].index_add_(1, slot.kinds, counts)
 
@@ -199,8 +172,9 @@ class Log:
     """Lines of progress: at the first step, and then every LINE seconds."""
 
     def __init__(self, trainer: Trainer, started: float) -> None:
+        """started: the clock when the plan began, less the time that it lay still"""
         self.trainer, self.started = trainer, started
-        self.last, self.written = trainer.count(), started
+        self.last, self.written = trainer.count(), time.time()
 
     def due(self) -> bool:
         """Asks the clock alone, and not the device."""
@@ -218,40 +192,59 @@ class Log:
         told = " ".join(f"{kind} {score:.2f}" for kind, score in scores.items())
         print(
             f"{spent:6.1f} s, {max(0, whole - spent):.0f} s left  step {now.steps}, "
-            f"{pace:.1f} a second  loss {loss:.3f}  {LENGTHS[stage]} tokens: {told}",
+            f"{pace:.1f} a second  loss {loss:.3f}  "
+            f"{self.trainer.plan.lengths[stage]} tokens: {told}",
             flush=True,
         )
         self.last, self.written = now, clock
 
 
 def train(
-    network: Network, plan: Plan, *, seed: int, workers: int, save: Callable[[], None]
-) -> None:
-    """Run the plan, with a line of progress now and then.
+    network: Network,
+    plan: Plan,
+    *,
+    seed: int,
+    workers: int,
+    save: Callable[[Standing], None],
+    standing: Standing | None = None,
+    seconds: float = math.inf,
+) -> Standing:
+    """Run the plan, with a line of progress now and then; returns where it stands at the end.
 
-    workers: processes that draw batches.  save(): called with each line but the first, and at the
-    end.  Raises FloatingPointError if the loss is no number, before such weights are saved.
+    workers: processes that draw batches.  save(standing): called with each line but the first, and
+    at the end.  standing: where an earlier run left off; rates warm up anew, for the optimizers
+    remember nothing.  seconds: of this run, if the plan is not done before.  Raises
+    FloatingPointError if the loss is no number, before such weights are saved.
     """
-    stage, since, progress, started = mp.Value("i", 0), 0, 0.0, time.time()
+    standing = standing or Standing(0.0, plan.first)
+    began = time.time()
+    started, begun = began - standing.seconds, plan.progress(standing.seconds)
+    stage, since, progress = mp.Value("i", standing.stage), 0, begun
     trainer = Trainer(network, plan)
     log, last = Log(trainer, started), trainer.count()
-    for step, batch in enumerate(Feed(seed, stage, plan.batch_tokens).batches(workers)):
-        if progress >= 1:
+    # A run that goes on sees other texts than those before it.
+    feed = Feed(f"{seed} {standing.seconds}" if standing.seconds else str(seed), stage, plan)
+    for step, batch in enumerate(feed.batches(workers)):
+        if progress >= 1 or time.time() - began >= seconds:
             break
-        progress = (time.time() - started) / 60 / plan.minutes
-        trainer.step(batch, plan.rate(step, progress))
+        progress = plan.progress(time.time() - started)
+        trainer.step(batch, plan.rate(step, progress, begun))
         if log.due():
             log.write(stage.value)
             if step:
-                save()
-        if (step + 1) % CHECK:
+                save(Standing(time.time() - started, stage.value))
+        if (step + 1) % plan.check:
             continue
         before, last = last, trainer.count()
         scores = last.scores_since(before, stage.value)
-        mastered = step - since >= SHORTEST and all(scores.get(g, 0) > MASTERY for g in GATES)
+        mastered = step - since >= plan.shortest and all(
+            scores.get(gate, 0) > MASTERY for gate in plan.gates
+        )
         late = plan.latest_stage(progress) > stage.value
-        if late or (mastered and stage.value + 1 < len(LENGTHS)):
+        if late or (mastered and stage.value + 1 < len(plan.lengths)):
             stage.value, since = stage.value + 1, step
     if trainer.steps > log.last.steps:
         log.write(stage.value)
-    save()
+    standing = Standing(time.time() - started, stage.value)
+    save(standing)
+    return standing

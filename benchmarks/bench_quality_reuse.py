@@ -36,12 +36,12 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import torch
 from generation.dummies import versions
 from needle import checkpoint
-from needle.tasks import TASKS
+from needle.tasks import ALL_TASKS, TASKS
 from quality import experiments
 from quality.answers import DTYPES, CachedHarness, Engine, load, start_engine
 from quality.marks import Answered, MarkFile
 from quality.methods import DENSE
-from quality.questions import CANVASES, SHORTEST, Question, draw, mark
+from quality.questions import CANVASES, SHORTEST, Question, draw, mark, why_too_long
 from quality.report import Cell
 from quality.reuse_methods import REUSE_METHODS, ReuseMethod, method_of
 
@@ -176,7 +176,8 @@ def start(args: argparse.Namespace) -> Any:
         max_num_seqs=args.batch,
         max_num_batched_tokens=args.batch_tokens,
         kv_cache_memory_bytes=CACHE_BYTES[DEVICE],
-        additional_config={"reuse": {"by_default": 0, "layers": 1}},
+        # At 32k tokens SparseD's tables of blocks of 32 do not fit the default's 8.
+        additional_config={"reuse": {"by_default": 0, "layers": 1}, "sparsed": {"table_ids": 32}},
     )
 
 
@@ -190,7 +191,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--canvas", type=int, nargs="+", default=[32, 128], help="tokens to denoise")
     add("--steps", type=int, help="left out, one a token")
     add("--threshold", type=float, help="decode by this confidence")
-    add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    add("--tasks", nargs="+", default=list(TASKS), choices=list(ALL_TASKS), metavar="TASK")
     add("--methods", nargs="+", default=list(REUSE_METHODS), metavar="NAME", help="see above")
     add("--questions", type=int, default=40, help="of each task and length")
     add("--seed", type=int, default=0, help="each asks fresh questions")
@@ -207,6 +208,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         limits = f"--lengths must be at least {SHORTEST}, --canvas at least {CANVASES[0]}, "
         limits += f"both together at most {longest}, --questions at least 2"
         parser.exit(2, f"{parser.prog}: {limits}.\n")
+    if problem := why_too_long(args.tasks, min(args.canvas)):
+        parser.exit(2, f"{parser.prog}: {problem}\n")
     try:
         args.methods = [method_of(name) for name in dict.fromkeys([DENSE.name, *args.methods])]
         for method in args.methods:

@@ -17,6 +17,7 @@ from quality.methods import Method
 from quality.questions import Question
 from quality.reuse_methods import ReuseMethod
 
+KEPT_TOKENS = 1 << 20  # whose keys and values a batch may keep: 8 GiB of the small model's
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # in which vLLM runs the model there
 
 # Tokens of each, and the share of key blocks that sparse steps read, where it is known.
@@ -95,7 +96,8 @@ class CachedHarness:
         assert method.cache is not None
         answers = []
         prompts = torch.tensor([question.prompt for question in questions], device=self.device)
-        for part in prompts.split(self.batch):
+        batch = min(self.batch, max(1, KEPT_TOKENS // (prompts.shape[1] + self.canvas)))
+        for part in prompts.split(batch):
             done = denoise_in_blocks(
                 self.network,
                 part,

@@ -10,18 +10,22 @@ from typing import Any
 from quality.questions import Mark
 from quality.report import Cell, flat
 
+COSTS = ("steps", "passes", "seconds", "density")
+
 
 @dataclass
 class Answered:
     """What became of questions that one method was asked.
 
     cell: their marks;  steps, passes: summed over the questions;  seconds: of all together
+    density: share of key blocks that sparse steps read, where it is known
     """
 
     cell: Cell = field(default_factory=Cell)
     steps: float = 0
     passes: float = 0
     seconds: float = 0
+    density: float | None = None
 
     def __add__(self, other: "Answered") -> "Answered":
         return Answered(
@@ -54,7 +58,7 @@ class MarkFile:
         if path is not None and path.exists():
             for line in map(json.loads, path.read_text().splitlines()):
                 marks = [Mark(tokens, exact) for tokens, exact in line.pop("marks")]
-                costs = [line.pop(name) for name in ("steps", "passes", "seconds")]
+                costs = [line.get(name) for name in COSTS]
                 self.known[_key(line["of"])] = Answered(Cell(marks), *costs)
 
     def get(self, of: dict[str, Any]) -> Answered | None:
@@ -66,7 +70,7 @@ class MarkFile:
         if self.path is None:
             return
         marks = [(mark.tokens, mark.exact) for mark in answered.cell.marks]
-        costs = {name: getattr(answered, name) for name in ("steps", "passes", "seconds")}
+        costs = {name: getattr(answered, name) for name in COSTS}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"of": of, **costs, "marks": marks}) + "\n")

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""The ways to attend that are compared."""
+"""The ways to attend that are compared, by name.
 
+Beside those listed, sparsed-SHARE and sparsed-SHARE-blocks-SIZE name any setting of SparseD.
+"""
+
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sparsed_vllm.kernels.api import BLOCK_SIZES
 from sparsed_vllm.reuse import Reuse
 
 Table = Literal["none", "recorded", "renewed", "window"]
@@ -102,3 +107,19 @@ METHODS = {
         Method("streaming", "StreamingLLM", table="window", sinks=1),
     )
 }
+
+
+def method_of(name: str) -> Method:
+    """The method of a name. Raises ValueError, which says what names there are."""
+    if name in METHODS:
+        return METHODS[name]
+    if match := re.fullmatch(r"sparsed-(0\.\d+|1)(?:-blocks-(\d+))?", name):
+        share, size = match.groups()
+        if float(share) > 0 and (size is None or int(size) in BLOCK_SIZES):
+            label = f"SparseD, select {share}" + (f", blocks of {size}" if size else "")
+            own = None if size is None else int(size)
+            return Method(name, label, select=float(share), block_size=own)
+    raise ValueError(
+        f"--methods must be of {', '.join(METHODS)}, sparsed-SHARE or sparsed-SHARE-blocks-SIZE, "
+        f"shares over 0 to 1, sizes {', '.join(map(str, BLOCK_SIZES))}, got {name}."
+    )

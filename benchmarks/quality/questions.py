@@ -6,8 +6,21 @@ import random
 from dataclasses import dataclass
 
 from needle.batches import EOS_ID, pose
+from needle.tasks import ALL_TASKS, LONG_CANVAS, TASKS, that_fit
 
-SHORTEST, CANVASES = 96, range(16, 65)  # tokens, as the model is trained
+SHORTEST, CANVASES = 96, range(16, LONG_CANVAS + 1)  # tokens, as models are trained
+
+
+def tasks_of(canvas: int) -> list[str]:
+    """What is asked if no tasks are named: those of short answers, or on a long canvas all."""
+    return list(TASKS if canvas < LONG_CANVAS else ALL_TASKS)
+
+
+def why_too_long(tasks: list[str], canvas: int) -> str | None:
+    """Which answers a canvas has no room for, in one line."""
+    for task in set(tasks) - set(that_fit(canvas)):
+        return f"--tasks {task} needs a --canvas of {LONG_CANVAS}, got {canvas}."
+    return None
 
 
 @dataclass(frozen=True)

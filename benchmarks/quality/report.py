@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quality.intervals import Mean, average, mean
-from quality.methods import DENSE, METHODS
+from quality.methods import DENSE, method_of
 from quality.questions import Mark
 
 AVERAGE = "average"
@@ -50,7 +50,7 @@ class Results:
         """One line for each method, length and task, and one for the average of the tasks."""
         for (length, method), tasks in self.cells.items():
             key = {"method": method, "length": length, "density": self.densities[length, method]}
-            if own := METHODS[method].block_size:
+            if own := method_of(method).block_size:
                 key["block_size"] = own
             rows = {task: self._means(length, task, cell) for task, cell in tasks.items()}
             for task, row in rows.items():
@@ -93,7 +93,7 @@ def _by_length(lines: list[dict[str, Any]], lengths: list[int]) -> str:
     rows += [["---"] * len(rows[0])]
     for method in dict.fromkeys(line["method"] for line in lines):
         cells = [_cell(line) for line in lines if line["method"] == method]
-        rows.append([METHODS[method].label, *cells])
+        rows.append([method_of(method).label, *cells])
     return _markdown(rows)
 
 
@@ -116,7 +116,7 @@ def _by_task(lines: list[dict[str, Any]], length: int) -> str:
     for method in dict.fromkeys(line["method"] for line in lines):
         own = {line["task"]: line for line in lines if line["method"] == method}
         cells = [f"{own[task]['tokens']:.1f}, {own[task]['exact']:.1f}" for task in tasks]
-        rows.append([METHODS[method].label, *cells])
+        rows.append([method_of(method).label, *cells])
     return _markdown(rows)
 
 

@@ -7,12 +7,14 @@ import json
 import bench_quality
 import pytest
 import torch
+from needle import checkpoint
 from needle.batches import EOS_ID
 from needle.network import Network, Shape, full_attention
+from needle.tasks import ALL_TASKS, TASKS
 from quality.answers import Harness
 from quality.attention import SparseAttention, window_lists
 from quality.intervals import Mean, average, mean
-from quality.methods import DENSE, METHODS, Method
+from quality.methods import DENSE, METHODS, Method, method_of
 from quality.questions import Question, draw, mark
 
 SHAPE = Shape(n_layers=2, d_model=128, mlp_hidden_size=64)
@@ -180,6 +182,10 @@ def test_intervals_are_those_of_the_normal_distribution():
         ("--dtype int8", "--dtype must be of float32, bfloat16, got int8"),
         ("--block-size 48", "--block-size must be of 16, 32, 64, 128, got 48"),
         ("--steps 33", "--steps must be 1 to 32, got 33"),
+        ("--canvas 129", "--canvas must be 16 to 128, got 129"),
+        ("--tasks single listing", "--tasks listing needs a --canvas of 128, got 32"),
+        ("--methods sparsed-0", "--methods must be of dense"),
+        ("--methods sparsed-0.1-blocks-48", "sizes 16, 32, 64, 128, got sparsed-0.1-blocks-48"),
         ("--model nowhere", "--model is a folder with a config.json, got nowhere"),
     ],
 )
@@ -200,3 +206,69 @@ def test_a_run_leaves_lines_and_prints_tables(tmp_path, capsys):
     ]
     assert all(0 <= line["tokens"] <= 100 and line["samples"] == 2 for line in lines)
     assert "| sliding window |" in capsys.readouterr().out
+
+
+def test_any_share_and_block_size_is_a_method_by_its_name():
+    assert all(method_of(name) is method for name, method in METHODS.items())
+    method = method_of("sparsed-0.05-blocks-64")
+    assert (method.select, method.block_size, method.skip) == (0.05, 64, 0.2)
+    assert method.request["sparsed_select"] == 0.05
+    assert method_of("sparsed-0.05").block_size is None
+
+
+def test_a_long_canvas_asks_long_answers_too():
+    def tasks(canvas):
+        return bench_quality.parse(["--canvas", str(canvas)]).tasks
+
+    assert tasks(32) == tasks(64) == list(TASKS) and tasks(128) == list(ALL_TASKS)
+
+
+@pytest.fixture
+def long_model(tmp_path):
+    """A tiny network that takes texts of 33k tokens."""
+    sizes = {"n_layers": 1, "n_heads": 1, "d_model": 64, "mlp_hidden_size": 64}
+    checkpoint.save(Network(Shape(**sizes, max_sequence_length=33280)), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_lengths_reach_as_far_as_the_model(long_model, capsys):
+    long = ["--model", str(long_model), "--canvas", "128", "--lengths"]
+    assert bench_quality.parse([*long, "8192", "16384", "32768"]).lengths[-1] == 32768
+    with pytest.raises(SystemExit):
+        bench_quality.parse([*long, "33153"])
+    assert "--lengths must be 96 to 33152, got 33153" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_marks_of_one_before(long_model, tmp_path, monkeypatch):
+    asked, answer = [], Harness.answer
+
+    def noting(harness, method, questions):
+        asked.append((method.name, len(questions)))
+        return answer(harness, method, questions)
+
+    monkeypatch.setattr(Harness, "answer", noting)
+    monkeypatch.setitem(bench_quality.BATCH_TOKENS, "cpu", 300)  # two texts at once
+    sizes = "--lengths 96 --tasks single common --steps 4 --device cpu"
+    files = f"--model {long_model} --marks {tmp_path / 'marks'} --out {tmp_path / 'lines'}"
+
+    def lines(more):
+        asked.clear()
+        bench_quality.main([*f"{sizes} {files} {more}".split()])
+        made = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+        (tmp_path / "lines").unlink()
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in made]
+
+    whole = lines("--samples 6 --methods sparsed-0.3")
+    # Part by part: the dense steps of a part are computed once.
+    assert asked == [("dense", 2), ("sparsed-0.3", 2)] * 6
+    (tmp_path / "marks").unlink()
+    lines("--samples 4 --methods dense")
+    assert lines("--samples 6 --methods sparsed-0.3") == whole
+    assert asked == [*[("sparsed-0.3", 2)] * 4, *[("dense", 2), ("sparsed-0.3", 2)] * 2]
+    assert lines("--samples 6 --methods sparsed-0.3") == whole and not asked
+    lines("--samples 2 --seed 1 --methods dense")
+    assert asked
+    # Other weights answer otherwise, under the same name.
+    checkpoint.save(Network(checkpoint.shape_of(long_model)), long_model)
+    lines("--samples 2 --methods dense")
+    assert asked

@@ -185,6 +185,14 @@ def test_chosen_tokens_follow_lists_where_an_experiment_says(reusing_llada):
     assert got[0] != got[2] and got[1] != got[2]
 
 
+def test_a_long_answer_on_a_short_canvas_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_quality_reuse.parse(["--canvas", "32", "128", "--tasks", "single", "paragraph"])
+    assert "--tasks paragraph needs a --canvas of 128, got 32" in capsys.readouterr().err
+    args = bench_quality_reuse.parse(["--canvas", "128", "--tasks", "paragraph"])
+    assert args.tasks == ["paragraph"]
+
+
 @pytest.mark.parametrize(
     "arguments", ["--lengths 64", "--canvas 8", "--lengths 4500 --canvas 128", "--questions 1"]
 )

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from needle.batches import MASK_ID
 from needle.decoding import denoise, paces
 from needle.network import Network, Shape
+from quality import answers
 from quality.caches import denoise_in_blocks
+from quality.questions import Question
+from quality.reuse_methods import method_of
 
 SHAPE = Shape(vocab_size=64, n_layers=3, d_model=64, mlp_hidden_size=64)
 CANVAS, BLOCK = 16, 4
@@ -99,3 +102,19 @@ def test_caches_change_answers(network, prompts):
         for cache in ("none", "prefix", "dual")
     ]
     assert not any(torch.equal(answers[i], answers[i - 1]) for i in range(3))
+
+
+def test_a_batch_keeps_no_more_than_it_has_room_for(network, prompts, monkeypatch):
+    questions = [Question("single", prompt, [5]) for prompt in prompts.tolist()]
+    harness = answers.CachedHarness(network, CANVAS, 8, batch=256, threshold=None)
+    together = harness.answer(method_of("dual-8"), questions)
+    sizes, denoised = [], answers.denoise_in_blocks
+
+    def noting(network, part, *rest, **more):
+        sizes.append(len(part))
+        return denoised(network, part, *rest, **more)
+
+    monkeypatch.setattr(answers, "denoise_in_blocks", noting)
+    monkeypatch.setattr(answers, "KEPT_TOKENS", 130)
+    assert harness.answer(method_of("dual-8"), questions) == together
+    assert sizes == [2, 2, 1]

@@ -69,8 +69,8 @@ def parse() -> argparse.Namespace:
     add(
         "--stop-after", type=number(float, 0.01, 1440), default=math.inf, help="minutes of this run"
     )
-    add("--longest", type=int, choices=LONG_LENGTHS, help="tokens of a text, when continued")
-    add("--rope-theta", type=number(float, 100, 1e9), help="when continued; else the checkpoint's")
+    add("--longest", type=int, choices=LONG_LENGTHS, help="tokens, of a continuation; 33024")
+    add("--rope-theta", type=number(float, 100, 1e9), help="of a continuation; the checkpoint's")
     add("--adam-rate", type=number(float, 0, 1), help="the highest, of what is no matrix")
     add("--muon-rate", type=number(float, 0, 1), help="the highest, of matrices")
     add("--seed", type=number(int, 0, 2**31), default=0)
@@ -79,11 +79,12 @@ def parse() -> argparse.Namespace:
     add("--samples", type=number(int, 1, 10**6), help="a task, length; of long texts fewer")
     add("--tasks", choices=ALL_TASKS, nargs="+", help="examined")
     add("--lengths", type=int, nargs="*", help="of examined prompts, in tokens; none: no exam")
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=argparse.Namespace(resumes=False))
     if problem := why_not(args):
         parser.error(problem)
     args.lengths = lengths_of(args) if args.lengths is None else args.lengths
-    longest = shape_of(args).max_sequence_length - LONG_CANVAS
+    shape = shape_of(args)
+    longest = shape.max_sequence_length - (LONG_CANVAS if is_long(shape) else evaluation.CANVAS)
     for length in args.lengths:
         if not 96 <= length <= longest:
             parser.error(f"argument --lengths: {length} is not from 96 to {longest}")
@@ -97,12 +98,14 @@ def why_not(args: argparse.Namespace) -> str | None:
     for name, folder in (("--examine", args.examine), ("--continue", args.source)):
         if folder and not (folder / checkpoint.WEIGHTS).is_file():
             return f"argument {name}: no checkpoint in {folder}"
+    if args.examine:
+        return None
     if args.source is None:
         given = [name for name in ("longest", "rope_theta") if getattr(args, name) is not None]
         return f"argument --{given[0].replace('_', '-')}: only with --continue" if given else None
     unfinished = record.load(args.source) is not None
-    args.resumes = args.out in (None, args.source)
     args.out = args.out or args.source
+    args.resumes = args.out.resolve() == args.source.resolve()
     if args.resumes and not unfinished:
         return f"argument --continue: no unfinished training in {args.source}; name another --out"
     if args.resumes and (args.longest or args.rope_theta):
@@ -114,14 +117,17 @@ def why_not(args: argparse.Namespace) -> str | None:
 
 def shape_of(args: argparse.Namespace) -> Shape:
     """Of the network that is trained or examined."""
-    if args.source is None:
-        return checkpoint.shape_of(args.examine) if args.examine else Shape()
-    shape = checkpoint.shape_of(args.source)
-    if args.resumes:
-        return shape
-    longest = max(shape.max_sequence_length, (args.longest or LONG_LENGTHS[-1]) + ROOM)
-    theta = args.rope_theta or shape.rope_theta
-    return replace(shape, max_sequence_length=longest, rope_theta=theta)
+    source = args.examine or args.source
+    if source is None:
+        return Shape()
+    shape = checkpoint.shape_of(source)
+    begins = args.source is not None and not args.resumes
+    longest = args.longest or (LONG_LENGTHS[-1] if begins else 0)
+    return replace(
+        shape,
+        max_sequence_length=max(shape.max_sequence_length, longest + ROOM),
+        rope_theta=args.rope_theta or shape.rope_theta,
+    )
 
 
 def is_long(shape: Shape) -> bool:
@@ -146,8 +152,7 @@ def begin(args: argparse.Namespace) -> tuple[Network, Record]:
     if args.source is None:
         plan = replace(Plan(8.5, batch_tokens=BATCH_TOKENS), **given)
         return Network(shape), Record(plan, args.seed, Standing(0.0, plan.first))
-    sizes = {"max_sequence_length": shape.max_sequence_length, "rope_theta": shape.rope_theta}
-    network = checkpoint.load(args.source, **sizes)
+    network = checkpoint.load(args.source, shape)
     if args.resumes:
         kept = record.load(args.source)
         assert kept is not None
@@ -201,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if ON_GPU else "cpu")
     if args.examine:
-        examine(checkpoint.load(args.examine).to(device), args)
+        examine(checkpoint.load(args.examine, shape_of(args)).to(device), args)
         return
     network, begun = begin(args)
     network = network.to(device)

@@ -154,6 +154,14 @@ def test_what_cannot_be_continued_is_refused(
     assert message in line
 
 
+def test_an_exam_may_ask_more_than_a_model_has_learned(tiny, monkeypatch, capsys):
+    few = ["--lengths", 96, "--samples", 2, "--tasks", "single"]
+    command(monkeypatch, "--examine", tiny, "--longest", 6144, "--rope-theta", 40000, *few)
+    assert "96 tokens  retrieval" in capsys.readouterr().out
+    args = train_needle.parse()
+    assert train_needle.shape_of(args) == replace(TINY, max_sequence_length=6400, rope_theta=4e4)
+
+
 class Knowing(nn.Module):
     """Answers an exam's questions rightly, and counts its passes."""
 

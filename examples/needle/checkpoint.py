@@ -4,7 +4,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,12 @@ def shape_of(folder: Path) -> Shape:
     return Shape(**{name: keys[name] for name in Shape.__dataclass_fields__})
 
 
-def load(folder: Path, **changes: Any) -> Network:
+def load(folder: Path, shape: Shape | None = None) -> Network:
     """The network of a folder that save() wrote, in float32 on the CPU.
 
-    changes: sizes that no weight depends on: max_sequence_length, rope_theta
+    shape: another reach or rotary base, on which no weight depends
     """
-    network = Network(replace(shape_of(folder), **changes))
+    network = Network(shape or shape_of(folder))
     weights = load_file(folder / WEIGHTS)
     network.load_state_dict({name: weight.to(torch.float32) for name, weight in weights.items()})
     return network

@@ -3,7 +3,7 @@
 """Answers of a method: by the network in plain PyTorch, or through vLLM's engine."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from needle import checkpoint
@@ -15,7 +15,9 @@ from quality.attention import SparseAttention
 from quality.caches import denoise_in_blocks
 from quality.methods import Method
 from quality.questions import Question
-from quality.reuse_methods import ReuseMethod
+
+if TYPE_CHECKING:  # with it comes vLLM, which the networks by themselves do without
+    from quality.reuse_methods import ReuseMethod
 
 KEPT_TOKENS = 1 << 20  # whose keys and values a batch may keep: 8 GiB of the small model's
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # in which vLLM runs the model there
@@ -91,7 +93,7 @@ class CachedHarness:
         self.device = next(network.parameters()).device
         self.steps = self.passes = 0
 
-    def answer(self, method: ReuseMethod, questions: list[Question]) -> Answers:
+    def answer(self, method: "ReuseMethod", questions: list[Question]) -> Answers:
         """questions: their prompts are of one length"""
         assert method.cache is not None
         answers = []

@@ -119,6 +119,20 @@ def test_a_long_training_asks_all_tasks_where_texts_have_room(length):
     assert (asked <= tasks.LONG_CANVAS).all()
 
 
+def test_what_a_long_text_recalls_is_told_elsewhere_with_one_number():
+    example = batches.recall(random.Random(0), 33024)
+    pieces = [vocabulary.PIECES[i] for i in example.ids]
+    text = " ".join(pieces).replace(" ##", "")
+    told = re.findall(
+        r"(?<= \. )(?:the special number for )?([^.]+) is (\d+)(?= \. )", f" . {text}"
+    )
+    numbers = {}
+    for key, number in told:
+        numbers.setdefault(key, set()).add(number)
+    assert len(numbers) > 1300 and all(len(told) == 1 for told in numbers.values())
+    assert sum(example.asked) > 5000
+
+
 def test_the_tasks_of_published_tables_draw_what_they_drew(monkeypatch):
     # Not Python's manual, which changes with Python.
     manual = [f"plain english number {i} of a manual .".split() for i in range(40)]

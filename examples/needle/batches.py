@@ -31,6 +31,7 @@ LONG: Canvases = (  # a third of the questions has the longest canvas, where tex
     *((size, {**SHARES, "twohop": 0.25}) for size in CANVASES),
     *3 * ((tasks.LONG_CANVAS, {**SHARES, "twohop": 0.25, "paragraph": 1.0, "listing": 0.75}),),
 )
+MANY = 200  # facts: of 1400 keys drawn at will a third would come twice, with two numbers each
 PLAIN_END = ("answer", ":")  # of a prompt that is no chat
 
 
@@ -99,7 +100,11 @@ def recall(rng: random.Random, length: int) -> Example:
     Questions alone supervise a few tokens of a text, and the heads that find a key by its name
     are slow to form.
     """
-    facts = [(texts.key(rng), texts.number(rng)) for _ in range(max(1, length // 24))]
+    count = max(1, length // 24)
+    if count > MANY:
+        facts = [(key, texts.number(rng)) for key in texts.distinct(rng, texts.key, count)]
+    else:
+        facts = [(texts.key(rng), texts.number(rng)) for _ in range(count)]
     tellings = [(fact, gap) for fact in facts for gap in (False, True)]
     rng.shuffle(tellings)
     ids: list[int] = []

@@ -3,7 +3,8 @@
 """Train the needle model: a small LLaDA that finds what is hidden in long texts.
 
     python examples/train_needle.py --out needle
-    python examples/train_needle.py --continue examples/needle/model --out needle_long
+    python examples/train_needle.py --continue examples/needle/model --out needle_long \\
+        --rope-theta 80000
     python examples/train_needle.py --continue needle_long    # goes on where it was interrupted
     python examples/train_needle.py --examine needle_long
 
@@ -14,6 +15,9 @@ checkpoint is written anew with it: whoever interrupts the training (Ctrl-C, SIG
 keeps the last one, and beside it training.json, with which it goes on. The plan, the clock and the
 stage are kept; the optimizers begin anew. At the end the model is examined: for each length and
 task, the share of the answers' tokens and of the whole answers that are right.
+
+A higher rotary base stretches what a model knows over longer texts, even before it is trained:
+--examine FOLDER --longest 33024 --rope-theta 80000 shows by how much.
 
 A CPU is a few hundred times slower. There batches are smaller, and a few minutes show the loss
 fall, but are far from a model that answers.

@@ -102,15 +102,15 @@ def test_a_bad_request_is_refused_and_the_next_one_served(client, expected):
 def test_a_killed_worker_ends_every_request_and_the_server(server):
     """The last test of this file: the server is gone afterwards."""
     process, client = server
-    streams = [
+    streams = [  # long ones: none shall end before the worker does
         client.completions.create(
             model="tiny",
-            prompt=prompt,
-            max_tokens=200,
+            prompt=[token],
+            max_tokens=500,
             stream=True,
             extra_body={"ignore_eos": True, "vllm_xargs": {"block_length": 4}},
         )
-        for prompt in PROMPTS
+        for token in (1, 2)
     ]
     for stream in streams:
         next(iter(stream))

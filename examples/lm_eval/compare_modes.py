@@ -89,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--include-path", help="a folder with tasks of your own")
     parser.add_argument("--no-chat", action="store_true", help="send prompts without the template")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let lm-eval run a checkpoint's own tokenizer, such as Dream's; the server needs none",
+    )
     parser.add_argument("--concurrent", type=int, default=8, help="requests at a time")
     parser.add_argument("--url", help="of a running server, http://HOST:PORT; else one is started")
     parser.add_argument("--port", type=int, default=8000, help="of the server that is started")
@@ -128,7 +133,7 @@ def lm_eval_command(args: argparse.Namespace, mode: str, url: str) -> list[str]:
         "num_concurrent": args.concurrent,
         "timeout": REQUEST_TIMEOUT,
         "max_length": args.max_length,
-        "trust_remote_code": True,  # of tokenizers
+        "trust_remote_code": args.trust_remote_code,
     }
     command = [args.lm_eval, "run", "--model", "local-completions"]
     command += ["--model_args", json.dumps(model), "--gen_kwargs", json.dumps(request)]

@@ -61,14 +61,13 @@ def answers_of(llm: LLM) -> Answers:
 
 def answers_of_ranks(path: str | Path, ranks: int) -> Answers:
     """The same of an engine of several processes, in a process tree of its own."""
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     # vLLM binds each process to cores; it cannot share out one NUMA node itself.
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(ranks))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i) for i in range(ranks))}
     done = subprocess.run(
         [sys.executable, __file__, path, str(ranks)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **cores},
         timeout=600,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -94,14 +94,19 @@ def measuring(watch: Stopwatch) -> Iterator[None]:
         yield
 
 
+def submit(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
+    """Equal requests, for the engine's next steps."""
+    for i in range(batch):
+        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
+        llm.llm_engine.add_request(str(i), prompt, params)
+
+
 def time_steps(
     llm: Any, args: argparse.Namespace, batch: int, sparse: bool
 ) -> dict[str, list[float]]:
     """Seconds of host work of each step of equal requests, by phase."""
     watch, seconds = Stopwatch(), defaultdict(list)
-    for i in range(batch):
-        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
-        llm.llm_engine.add_request(str(i), prompt, params)
+    submit(llm, args, batch, sparse)
     llm.llm_engine.step()  # admits them
     with measuring(watch):
         for step in range(1, args.steps - 1):
@@ -118,9 +123,7 @@ def time_steps(
 def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
     """Print where the host spends the steps of each phase, vLLM's own functions among it."""
     profiles: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
-    for i in range(batch):
-        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
-        llm.llm_engine.add_request(str(i), prompt, params)
+    submit(llm, args, batch, sparse)
     step = 0
     while llm.llm_engine.has_unfinished_requests():
         phase = phase_of(step, args.steps, SKIP).value if sparse else "dense"

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Launching a kernel that each layer of each step launches, at the cost of the launch alone."""
 
 from collections.abc import Hashable

@@ -54,7 +54,6 @@ def select_blocks(
             tables.num_kept.stride(2),
             tables.pages.stride(0),
             WIDTH=width,
-            BY_MASS=selection.mass is not None,
             num_warps=min(max(width // 256, 1), 8),
         )
 
@@ -141,7 +140,6 @@ def _select_blocks_kernel(
     stride_num_head,
     stride_pages,
     WIDTH: tl.constexpr,
-    BY_MASS: tl.constexpr,
 ):
     """Program (query block, head)."""
     block = tl.program_id(0)
@@ -161,7 +159,7 @@ def _select_blocks_kernel(
     generated = exists & (ids >= first_gen)
     gen_scores = tl.load(gen_scores_ptr + scores_row, mask=generated, other=0.0)
     chosen = chosen | _best(gen_scores, generated, keep_gen)
-    if BY_MASS:
+    if mass_ptr is not None:
         share = tl.load(mass_ptr + sequence)
         needed = _holding(scores, exists, share) | _holding(gen_scores, generated, share)
         chosen = chosen & needed

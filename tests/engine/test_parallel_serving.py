@@ -4,6 +4,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import openai
@@ -102,7 +103,7 @@ def test_a_bad_request_is_refused_and_the_next_one_served(client, expected):
 def test_a_killed_worker_ends_every_request_and_the_server(server):
     """The last test of this file: the server is gone afterwards."""
     process, client = server
-    streams = [  # long ones: none shall end before the worker does
+    streams = [  # long ones: none shall end before the workers are stopped
         client.completions.create(
             model="tiny",
             prompt=[token],
@@ -115,9 +116,16 @@ def test_a_killed_worker_ends_every_request_and_the_server(server):
     for stream in streams:
         next(iter(stream))
     of_server = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in of_server if "Worker" in " ".join(child.cmdline())).kill()
+    workers = [child for child in of_server if "Worker" in " ".join(child.cmdline())]
+    assert len(workers) == 4
+    for worker in workers:
+        worker.suspend()  # no stream shall end before the server notices
+    workers[0].kill()
     for stream in streams:  # those of the other engine too
         with pytest.raises(openai.APIError, match="EngineCore encountered an issue"):
             list(stream)
     assert httpx.get(str(client.base_url.join("/health"))).status_code == 503
+    for worker in workers[1:]:
+        with suppress(psutil.NoSuchProcess):
+            worker.resume()
     assert process.wait(timeout=60) == 0

@@ -224,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.time()
 
     def save(now: Standing) -> None:
-        checkpoint.save(network, args.out)
+        is_done = plan.progress(now.seconds) >= 1
+        checkpoint.save(network, args.out, plan.mantissa if is_done else 7)
         record.save(replace(begun, standing=now), args.out)
 
     now = train(
@@ -242,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
         return
     record.remove(args.out)
     print(f"trained in {spent:.0f} s: {args.out}", flush=True)
-    examine(network, args)
+    examine(checkpoint.load(args.out).to(device), args)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ def test_the_short_plan_is_as_it_was():
     assert [batch_size(n, 8192) for n in LENGTHS] == [max(8192 // n, 8) for n in LENGTHS]
 
 
+def test_weights_are_rounded_to_the_nearest_with_few_bits():
+    weight = torch.tensor([0.0, 1.0, -1.0, 1.03, 1.04, -1.97, 3e-3, 60000.0])
+    kept = checkpoint.rounded(weight, 4)
+    assert kept[:6].tolist() == [0, 1, -1, 1, 1.0625, -2]
+    assert (kept.float() - weight).abs().le(weight.abs() / 32).all()
+    assert torch.equal(checkpoint.rounded(weight, 7), weight.bfloat16())
+    assert torch.equal(checkpoint.rounded(kept, 4), kept)
+
+
 def test_batches_of_long_texts_fit_and_hold_two_texts_or_more():
     sizes = [batch_size(length, 8192) for length in LONG_LENGTHS]
     assert sizes == [8, 8, 6, 4, 3, 2]

@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from needle.network import Network, Shape
 from needle.vocabulary import BOS, EOS, ID, MASK, UNKNOWN, tokenizer
@@ -18,20 +19,28 @@ WEIGHTS = "model.safetensors"
 SHIPPED = Path(__file__).parent / "model"  # the one that comes with the repository
 
 
-def save(network: Network, folder: Path) -> None:
+def save(network: Network, folder: Path, mantissa: int = 7) -> None:
     """bfloat16 weights, config and tokenizer.
 
+    mantissa: bits of it that a weight keeps, 7 at most
     A file takes its place whole: whoever interrupts finds the last one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = network.state_dict()
-    kept = {name: weight.bfloat16().cpu().contiguous() for name, weight in weights.items()}
+    kept = {name: rounded(weight.cpu(), mantissa) for name, weight in weights.items()}
     save_file(kept, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
     checkpoints.write_json(folder / "config.json", config(network.shape))
     checkpoints.write_json(folder / "generation_config.json", {"eos_token_id": ID[EOS]})
     named = {"unk_token": UNKNOWN, "mask_token": MASK}
     checkpoints.save_tokenizer(folder, tokenizer(), BOS, checkpoints.LLADA_CHAT, **named)
+
+
+def rounded(weight: Tensor, mantissa: int) -> Tensor:
+    """The nearest bfloat16 numbers with so many bits behind the leading one, contiguous."""
+    fraction, exponent = torch.frexp(weight.float())
+    step = 2.0 ** -(mantissa + 1)  # a fraction is in [0.5, 1)
+    return torch.ldexp((fraction / step).round() * step, exponent).bfloat16().contiguous()
 
 
 def shape_of(folder: Path) -> Shape:

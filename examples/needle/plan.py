@@ -47,6 +47,7 @@ class Plan:
     recall: float | None = None  # share of recalled facts; None: of each stage less than before
     recall_apart: bool = False  # in batches of their own: one such text asks as much as 50 others
     long_answers: bool = False
+    mantissa: int = 7  # bits that a trained weight keeps: bfloat16's, or fewer, which pack smaller
 
     @property
     def canvases(self) -> batches.Canvases:
@@ -96,4 +97,5 @@ def continued(minutes: float, longest: int, trained: int, batch_tokens: int) -> 
         recall=0.15,
         recall_apart=True,
         long_answers=True,
+        mantissa=4,
     )

@@ -4,8 +4,8 @@
 
     python benchmarks/bench_quality.py                      # a small version: minutes on a CPU
     python benchmarks/bench_quality.py --lengths 1024 2048 4096 --samples 64 --steps 32
-    python benchmarks/bench_quality.py --model needle_long --lengths 8192 16384 32768 --steps 32 \\
-        --samples 64 --methods sparsed-0.3 sparsed-0.1 sparsed-0.05 sparsed-0.1-blocks-128 \\
+    python benchmarks/bench_quality.py --model examples/needle/long_model --lengths 16384 32768 \\
+        --steps 32 --samples 64 --methods sparsed-0.3 sparsed-0.1 sparsed-0.1-blocks-128 \\
         --marks marks.jsonl --seconds 540 --out benchmarks/results/quality_long.jsonl
 
 Six tasks after RULER (examples/needle/tasks.py), on a canvas of 128 those of long answers too.

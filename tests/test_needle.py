@@ -206,8 +206,9 @@ def test_nonsense_is_refused_in_one_line(arguments, monkeypatch, capsys):
     assert name in line
 
 
-def test_the_shipped_model_is_small():
-    assert sum(file.stat().st_size for file in checkpoint.SHIPPED.iterdir()) <= 15_000_000
+@pytest.mark.parametrize("folder", [checkpoint.SHIPPED, checkpoint.LONG], ids=["short", "long"])
+def test_a_shipped_model_is_small(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 15_000_000
 
 
 @pytest.mark.engine

@@ -16,7 +16,8 @@ from needle.network import Network, Shape
 from needle.vocabulary import BOS, EOS, ID, MASK, UNKNOWN, tokenizer
 
 WEIGHTS = "model.safetensors"
-SHIPPED = Path(__file__).parent / "model"  # the one that comes with the repository
+SHIPPED = Path(__file__).parent / "model"  # comes with the repository, for texts to 4k tokens
+LONG = Path(__file__).parent / "long_model"  # this too, for texts to 33k
 
 
 def save(network: Network, folder: Path, mantissa: int = 7) -> None:

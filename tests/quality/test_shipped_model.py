@@ -35,3 +35,10 @@ def test_the_model_finds_its_needles_dense_and_sparse(engine):
     for name in ("dense", "sparsed-0.3"):
         given, _ = engine.answer(METHODS[name], questions)
         assert all(mark(q, tokens).exact for q, tokens in zip(questions, given, strict=True))
+
+
+def test_the_model_of_long_texts_looks_up_twice():
+    harness = Harness(load(checkpoint.LONG, torch.device("cpu")), **SIZES)
+    questions = [draw("twohop", 300, 32, i) for i in range(2)]
+    given, _ = harness.answer(METHODS["dense"], questions)
+    assert all(mark(q, tokens).exact for q, tokens in zip(questions, given, strict=True))

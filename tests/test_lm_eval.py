@@ -195,3 +195,11 @@ def test_in_ruler_s_layout_every_output_is_in_the_text():
         question = json.loads(line)
         assert question["outputs"]
         assert all(output in question["input"] for output in question["outputs"])
+
+
+def test_in_a_multiple_choice_four_answers_differ_and_one_is_in_the_text():
+    for line in (FOLDER / "needle_choices.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        right = question["choices"][question["label"]]
+        assert len({*question["choices"]}) == 4
+        assert all(word in question["text"] for word in right.replace(",", "").strip(".").split())

@@ -6,6 +6,7 @@ cd examples/lm_eval
 python write_needles.py --tokens 512 --samples 4 > needle.jsonl
 python write_needles.py --layout ruler --tokens 512 1024 --samples 2 > needle_ruler.jsonl
 python write_needles.py --layout longbench --tokens 512 --samples 2 > needle_longbench.jsonl
+python write_needles.py --layout choices --tokens 256 --samples 2 > needle_choices.jsonl
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from needle.tasks import TASKS, Sample, spell
 from needle.vocabulary import encode
+from needle.words import NOUNS
 
 LONGEST_ANSWER = 31  # tokens: the canvas of the tasks, less its end-of-text
 
@@ -88,6 +90,31 @@ def longbench(sample: Sample, tokens: int) -> dict[str, Any]:
     }
 
 
+def choices(sample: Sample, tokens: int) -> dict[str, Any]:
+    """Multiple choice: four answers that differ in what they tell, `label` says which is right."""
+    rng = random.Random(spell(sample.answer))
+    answers = [sample.answer, *(misled(rng, sample) for _ in range(3))]
+    order = rng.sample(range(4), 4)
+    return {
+        "task": sample.task,
+        "text": sample.text,
+        "choices": [spell(answers[i]) for i in order],
+        "label": order.index(0),
+    }
+
+
+def misled(rng: random.Random, sample: Sample) -> list[str]:
+    """The answer with other numbers of as many digits, or other words."""
+    wrong = {word: another(rng, word) for word in told(sample)}
+    return [wrong.get(word, word) for word in sample.answer]
+
+
+def another(rng: random.Random, word: str) -> str:
+    if word.isdecimal():
+        return "".join(rng.choice("123456789".replace(digit, "")) for digit in word)
+    return rng.choice([noun for noun in NOUNS if noun != word])
+
+
 def told(sample: Sample) -> list[str]:
     """What the answer says beyond the question: numbers, variables or a word."""
     said = {*sample.question, *",.", "and", "is"}
@@ -95,7 +122,7 @@ def told(sample: Sample) -> list[str]:
 
 
 LAYOUTS: dict[str, Callable[[Sample, int], dict[str, Any]]] = {
-    layout.__name__: layout for layout in (plain, ruler, longbench)
+    layout.__name__: layout for layout in (plain, ruler, longbench, choices)
 }
 
 

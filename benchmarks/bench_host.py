@@ -3,6 +3,7 @@
 """How long the host works on a step outside vLLM's own code, and on who takes part in it.
 
     python benchmarks/bench_host.py --batch 64 --tokens 640
+    python benchmarks/bench_host.py --batch 64 --heads 8    # as many launches, of shorter kernels
     python benchmarks/bench_host.py --queue-only
 
 `seconds` is the median over the steps of a phase of the time that this package's own functions
@@ -163,6 +164,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20)
     add("--batch", type=int, nargs="+", default=[1, 64])
     add("--layers", type=int, help="fewer than the model has")
+    add("--heads", type=int, help="fewer than the model has, and layers as narrow")
     add("--profile", action="store_true", help="also where the time of a step goes")
     add("--queue-only", action="store_true", help="time take_turns alone, without an engine")
     return parser.parse_args(argv)
@@ -176,14 +178,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.queue_only:
         return
     most = max(args.batch)
-    llm = start(args.model, args.layers, args.tokens, args.tokens * most, most)
+    sizes = (args.tokens, args.tokens * most, most)
+    llm = start(args.model, args.layers, *sizes, num_heads=args.heads)
     for batch in args.batch:
         for sparse in (False, True):
             time_steps(llm, args, batch, sparse)  # compiles kernels
             for phase, seconds in time_steps(llm, args, batch, sparse).items():
-                sizes = {"tokens": args.tokens, "batch": batch, "layers": args.layers}
-                found = {"phase": phase, "sparse": sparse, "seconds": median(seconds)}
-                print(json.dumps({**line, "model": args.model, **sizes, **found}), flush=True)
+                shape = {"model": args.model, "layers": args.layers, "heads": args.heads}
+                given = {"tokens": args.tokens, "batch": batch, "phase": phase, "sparse": sparse}
+                found = {**line, **shape, **given, "seconds": median(seconds)}
+                print(json.dumps(found), flush=True)
             if args.profile:
                 profile_steps(llm, args, batch, sparse)
 

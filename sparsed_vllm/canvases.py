@@ -114,7 +114,6 @@ class Canvases(CanvasState):
             seeds,
             torch.zeros(num_slots, dtype=torch.bool, device=device),
         )
-        self._places = torch.arange(longest, device=device)
 
     def add(self, new: Sequence[NewCanvas]) -> None:
         """Open the canvases of requests that start or resume."""
@@ -122,7 +121,9 @@ class Canvases(CanvasState):
             return
         table = [[c.slot, c.num_tokens, c.num_filled, c.num_taken, _signed(c.seed)] for c in new]
         slots, lengths, filled, taken, seeds = send(np.array(table, np.int64).T.copy(), self.device)
-        self.masked[slots] = (self._places >= filled[:, None]) & (self._places < lengths[:, None])
+        # Made here: what an engine keeps beside its weights is lost while it sleeps at level 2.
+        places = torch.arange(self.longest, device=self.device)
+        self.masked[slots] = (places >= filled[:, None]) & (places < lengths[:, None])
         self.num_taken[slots] = taken
         self.seeds[slots] = seeds
         # A number on the right of an assignment would be copied from the host, which waits.

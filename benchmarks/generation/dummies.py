@@ -35,15 +35,25 @@ SKIP, SELECT = 0.2, 0.3
 
 
 def start(
-    model: str, num_layers: int | None, longest: int, tokens: int, batch: int, **kwargs: Any
+    model: str,
+    num_layers: int | None,
+    longest: int,
+    tokens: int,
+    batch: int,
+    *,
+    num_heads: int | None = None,
+    **kwargs: Any,
 ) -> LLM:
     """An engine in this process.
 
     longest: tokens of a request;  tokens, batch: those, and requests, that run at once
+    num_layers, num_heads: fewer than the model has; with fewer heads its layers are as narrow
     Its pages hold `tokens` and no more, so that its peak is what these requests need.
     """
     write, shape = MODELS[model]
     shape = replace(shape, max_length=longest, n_layers=num_layers or shape.n_layers)
+    if num_heads is not None:
+        shape = narrowed(shape, num_heads)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(write(shape, False)))
         defaults = {
@@ -59,6 +69,18 @@ def start(
             "enforce_eager": True,
         }
         return LLM(folder, **{**defaults, **kwargs})
+
+
+def narrowed(shape: Shape, num_heads: int) -> Shape:
+    """The same with fewer heads of the same size, and layers as narrow."""
+    size, mlp_ratio = shape.d_model // shape.n_heads, shape.mlp_hidden_size / shape.d_model
+    return replace(
+        shape,
+        n_heads=num_heads,
+        n_kv_heads=min(shape.n_kv_heads, num_heads),
+        d_model=num_heads * size,
+        mlp_hidden_size=int(num_heads * size * mlp_ratio),
+    )
 
 
 def cache_bytes(shape: Shape, tokens: int, batch: int) -> int:

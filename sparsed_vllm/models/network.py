@@ -324,11 +324,8 @@ class MaskPredictor(nn.Module, SupportsQuant):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=config.logit_scale)
-
-    @property
-    def last_attention_name(self) -> str:
-        """Of the layer that attends for few rows; vLLM knows its metadata by this name."""
-        return str(self.model.last_layer.self_attn.attn.layer_name)
+        # Of the layer that attends for few rows; vLLM knows its metadata by this name.
+        self.last_attention_name = str(self.model.last_layer.self_attn.attn.layer_name)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -15,7 +15,7 @@ import oracle
 import pytest
 import torch
 from checkpoints import LLADA_MASK_ID, write_llada
-from engines import masks_of, scheduler_of, start_engine
+from engines import MAY_REUSE, masks_of, scheduler_of, start_engine
 from kernel_cases import assert_within_rounding, exact_attention, make_batch, run_attention
 from ranks import SIZES, answers_of, answers_of_ranks
 from sparse_oracle import SparseNetwork, Sparsity, sparse_llada_generate
@@ -404,6 +404,36 @@ def test_a_captured_step_leaves_what_its_kernels_leave_one_by_one(capturing, len
     for replayed, run in pairs:
         assert replayed.isfinite().all()
         assert torch.equal(replayed, run)
+
+
+@pytest.fixture(scope="module")
+def sleeper(llada_path):
+    """An engine that gives its memory back while it sleeps."""
+    return start_engine(llada_path, enable_sleep_mode=True, additional_config=MAY_REUSE)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"use_sparsed": 1, "sparsed_block_size": 16}, {"kv_share": 0.1}],
+    ids=["dense", "sparse", "light"],
+)
+def test_requests_before_through_and_after_a_sleep_get_their_tokens(sleeper, extra, level):
+    request = request_of(200, {"steps": 10, **extra}, max_tokens=16)
+    undisturbed = [list(out.token_ids) for out in generate(sleeper, [request])]
+    engine = sleeper.llm_engine
+    engine.add_request("kept", *request)
+    for _ in range(6):
+        engine.step()
+    sleeper.sleep(level=level, mode="keep")
+    sleeper.wake_up()
+    if level == 2:
+        sleeper.collective_rpc("reload_weights")
+    kept = []
+    while engine.has_unfinished_requests():
+        kept += [list(out.outputs[0].token_ids) for out in engine.step() if out.finished]
+    assert kept == undisturbed
+    assert [list(out.token_ids) for out in generate(sleeper, [request])] == undisturbed
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The sparsed_vllm authors
-"""`vllm serve` on two engines (data parallel) of two ranks each (tensor parallel)."""
+"""`vllm serve` on two engines (data parallel) of two ranks each (tensor parallel).
 
-import os
+Two GPUs have room for engines of one rank.
+"""
+
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -10,14 +12,15 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from ranks import needs_two_devices
 from servers import serving
 from vllm import SamplingParams
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores"),
-]
+pytestmark = [pytest.mark.engine, needs_two_devices]
+
+NUM_RANKS = 1 if torch.cuda.device_count() in (2, 3) else 2  # of each engine
 
 PROMPTS = [[(3 * i + n) % 256 for i in range(n)] for n in (1, 30, 90, 150, 200, 300)]
 STYLES = ({"steps": 8, "block_length": 4}, {"steps": 8, "use_sparsed": 1, "sparsed_block_size": 16})
@@ -26,7 +29,7 @@ STYLES = ({"steps": 8, "block_length": 4}, {"steps": 8, "use_sparsed": 1, "spars
 @pytest.fixture(scope="module")
 def server(llada_path):
     """A running server's process and an OpenAI client of it."""
-    sizes = ("--tensor-parallel-size", "2", "--data-parallel-size", "2")
+    sizes = ("--tensor-parallel-size", str(NUM_RANKS), "--data-parallel-size", "2")
     # vLLM binds each process to cores; it cannot share out one NUMA node itself.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
     with serving(llada_path, *sizes, "--api-server-count", "1", **cores) as running:
@@ -100,6 +103,7 @@ def test_a_bad_request_is_refused_and_the_next_one_served(client, expected):
     assert complete(client, PROMPTS[0], STYLES[1]).choices[0].token_ids == expected[1][0]
 
 
+@pytest.mark.skipif(NUM_RANKS == 1, reason="an engine of one rank has no worker of its own")
 def test_a_killed_worker_ends_every_request_and_the_server(server):
     """The last test of this file: the server is gone afterwards."""
     process, client = server

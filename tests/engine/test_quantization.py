@@ -18,6 +18,9 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
 
 pytestmark = pytest.mark.engine
+on_a_processor = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="for a GPU vLLM itself picks kernels that run"
+)
 
 SIZES = {"canvas": 32, "steps": 16, "block_size": 16}
 KEPT = ("blocks.0.ff_out", "blocks.3.ff_proj", "blocks.3.up_proj")  # not quantized
@@ -39,7 +42,7 @@ def int4_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def int4(int4_path):
     """An engine, or where vLLM's library for this processor lacks the kernel, its refusal."""
-    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if torch.cuda.is_available() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return start_engine(int4_path, max_model_len=512, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"CompressedTensorsWNA16.*cpu_gemm_wna16") as refusal:
         start_engine(int4_path, max_model_len=512, dtype="bfloat16")
@@ -71,6 +74,7 @@ def test_weights_alone_are_in_int4_but_for_the_head_s(int4):
         assert linear.scheme.__class__.__name__ == "CompressedTensorsWNA16", name
 
 
+@on_a_processor
 def test_a_scheme_whose_kernel_this_machine_lacks_is_refused_at_the_start(int4_path, monkeypatch):
     def absent(*args, **kwargs):
         raise AttributeError("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'")
@@ -84,6 +88,7 @@ def test_a_scheme_whose_kernel_this_machine_lacks_is_refused_at_the_start(int4_p
 BY_CHANNEL = "int8_per_channel_weight_only"
 
 
+@on_a_processor
 def test_experts_without_a_kernel_are_refused_with_a_remedy_that_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # as AVX2 has none
     path = write_llada_moe(tmp_path, mlp_hidden_size=64)
@@ -113,6 +118,7 @@ def test_a_kernel_that_quantizes_as_weights_load_is_missed_by_name(tmp_path, mon
         start_engine(path, dtype="bfloat16", **args)
 
 
+@on_a_processor
 def test_a_quantized_layer_is_tried_with_its_bias(tmp_path, monkeypatch):
     apply = Fp8PtpcOnlineLinearMethod.apply
 

@@ -28,10 +28,12 @@ def serving(
     Its process and a client of it. It ends with the context, and its log is printed.
     """
     port = _free_port()
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(path)]
+    # Not the `vllm` command, which an environment on PYTHONPATH lacks; -P leaves out this folder.
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(path)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), *args]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.1"]
+    command += args
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     # A connection that the server closes while a request travels on it would fail a test.
     inherited |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}

@@ -115,7 +115,8 @@ def block_scores(
         assert lse.stride(1) == 1, "a head's numbers lie side by side"
     shape = (q.shape[1], layout.num_tiles, layout.max_key_blocks)
     assert out is None or out[0].shape == out[1].shape == shape
-    score = _scores_kernel(q.device, q.dtype, layout.tile, q.shape[2], _are_aligned(q, k))
+    sizes = (layout.tile, layout.block_size, q.shape[2])
+    score = _scores_kernel(q.device, q.dtype, *sizes, _are_aligned(q, k))
     return score(q, k, lse, layout, selection, scale=scale, out=out)
 
 
@@ -159,7 +160,8 @@ def block_sparse_attention(
     _check_batch(layout, q, k, v, out)
     _check_tables(layout, q.shape[1], tables)
     aligned = _are_aligned(q, k, v, q if out is None else out)
-    attend = _sparse_kernel(q.device, q.dtype, layout.tile, q.shape[2], aligned)
+    sizes = (layout.tile, layout.block_size, q.shape[2])
+    attend = _sparse_kernel(q.device, q.dtype, *sizes, aligned)
     return attend(q, k, v, layout, tables, scale=scale, out=out, return_lse=return_lse)
 
 
@@ -349,12 +351,17 @@ def _triton(name: str, module: str | None = None) -> Callable[..., Any]:
 
 @cache
 def _sparse_kernel(
-    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int,
+    block_size: int,
+    head_dim: int,
+    aligned: bool,
 ) -> Callable[..., Any]:
     """What attends over lists; chosen, and logged, once for each kind of tensors."""
     if device.type != "cuda":
         return reference.block_sparse_attention
-    obstacle = _hopper_obstacle(device, dtype, block_size, head_dim, aligned)
+    obstacle = _hopper_obstacle(device, dtype, tile, block_size, head_dim, aligned)
     if obstacle is None:
         logger.info("Sparse attention runs our Gluon kernel for Hopper.")
         return _triton("block_sparse_attention", "hopper")
@@ -364,17 +371,27 @@ def _sparse_kernel(
 
 @cache
 def _scores_kernel(
-    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int,
+    block_size: int,
+    head_dim: int,
+    aligned: bool,
 ) -> Callable[..., Any]:
     """What scores blocks, under the same conditions; _sparse_kernel logs them."""
     if device.type != "cuda":
         return reference.block_scores
-    obstacle = _hopper_obstacle(device, dtype, block_size, head_dim, aligned)
+    obstacle = _hopper_obstacle(device, dtype, tile, block_size, head_dim, aligned)
     return _triton("block_scores", None if obstacle else "hopper_scores")
 
 
 def _hopper_obstacle(
-    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, aligned: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int,
+    block_size: int,
+    head_dim: int,
+    aligned: bool,
 ) -> str | None:
     """Why the kernel for Hopper cannot run, if so."""
     capability = torch.cuda.get_device_capability(device)
@@ -384,7 +401,8 @@ def _hopper_obstacle(
         f"this GPU has compute capability {capability}, not (9, 0)": capability != (9, 0),
         f"Triton {version} is not one of {oldest} to {newest}": not _is_known_triton(version),
         f"it does not compute in {dtype}": dtype == torch.float32,
-        f"blocks have {block_size} tokens, not 128": block_size != 128,
+        f"query blocks have {tile} tokens, not 128": tile != 128,
+        f"key blocks have {block_size} tokens, not 128": block_size != 128,
         f"heads have {head_dim} numbers, not 64 or 128": head_dim not in (64, 128),
         "a tensor or its strides are not aligned to 16 bytes": not aligned,
     }
@@ -406,10 +424,16 @@ def _is_aligned(x: Tensor) -> bool:
     return not any(place % 16 for place in places)
 
 
+def _check_sizes(layout: BatchLayout) -> None:
+    assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
+    assert layout.block_size in BLOCK_SIZES, f"no kernel for key blocks of {layout.block_size}"
+    assert layout.tile % layout.block_size == 0, "a query block is whole key blocks"
+
+
 def _check_batch(
     layout: BatchLayout, q: Tensor, k: Tensor, v: Tensor | None = None, out: Tensor | None = None
 ) -> None:
-    assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
+    _check_sizes(layout)
     assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
     assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
     assert q.shape[1] % k.shape[1] == 0, "each key head serves the same number of query heads"
@@ -429,7 +453,7 @@ def _check_paged(
     values: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    assert layout.tile in BLOCK_SIZES, f"no kernel for tiles of {layout.tile} rows"
+    _check_sizes(layout)
     assert q.shape[2] in HEAD_DIMS, f"no kernel for heads of {q.shape[2]}"
     assert q.dtype in DTYPES, f"no kernel for {q.dtype}"
     assert keys.shape[1:] == (PAGE, keys.shape[2], q.shape[2]) and keys.dtype == q.dtype
@@ -457,7 +481,7 @@ def _check_recording(layout: BatchLayout, selection: Selection) -> None:
 def _check_tables(layout: BatchLayout, num_heads: int, tables: BlockTables) -> None:
     """`kept` may be wider than the batch needs, and its rows far apart."""
     kept, num_kept = tables.kept, tables.num_kept
-    assert tables.block_size == layout.tile, "a tile is a block"
+    assert tables.query_block_size == layout.tile, "a tile is a query block"
     assert kept.shape[:3] == num_kept.shape and kept.shape[2] == num_heads
     assert kept.stride(3) == 1 and num_kept.dtype == kept.dtype
     assert layout.max_key_blocks <= torch.iinfo(kept.dtype).max, f"ids outgrow {kept.dtype}"

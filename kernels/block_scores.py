@@ -94,22 +94,23 @@ def _launch(
             scores.stride(0),
             scores.stride(1),
             GROUP=q.shape[1] // k.shape[1],
-            BLOCK=layout.tile,
+            TILE=layout.tile,
+            BLOCK=layout.block_size,
             HAS_LSE=lse is not None,
             WITH_PROMPT=with_prompt,
             **head_options(q),
-            **_options(layout.tile, q),
+            **_options(layout, q),
         )
 
 
-def _options(block_size: int, q: Tensor) -> dict[str, int]:
+def _options(layout: BatchLayout, q: Tensor) -> dict[str, int]:
     """KEYS: key places of a step, whole blocks of them."""
     options = {
-        "KEYS": max(block_size, 128 if q.shape[2] <= 128 else 32),
-        "num_warps": 8 if block_size == 128 else 4,
+        "KEYS": max(layout.block_size, 128 if q.shape[2] <= 128 else 32),
+        "num_warps": 8 if layout.tile == 128 else 4,
         "num_stages": 2,
     }
-    if block_size == q.shape[2] == 128 and _is_hopper(q.device):
+    if layout.tile == q.shape[2] == 128 and _is_hopper(q.device):
         options["maxnreg"] = 128  # two programs then share a multiprocessor, and nothing spills
     return options
 
@@ -147,6 +148,7 @@ def _block_scores_kernel(
     stride_scores_head,
     stride_scores_block,
     GROUP: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_LSE: tl.constexpr,
     WITH_PROMPT: tl.constexpr,
@@ -162,7 +164,7 @@ def _block_scores_kernel(
     key_start = column(columns, num_seqs, KEY_START, sequence).to(tl.int64)
     length = column(columns, num_seqs, KEY_LEN, sequence)
     first = column(counts, num_seqs, FIRST_GEN, sequence) * BLOCK
-    rows = index * BLOCK + tl.arange(0, BLOCK)
+    rows = index * TILE + tl.arange(0, TILE)
     q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
     k_base = k_ptr + key_start * stride_k_row + head // GROUP * stride_k_head
     scores_row = head * stride_scores_head + block.to(tl.int64) * stride_scores_block
@@ -170,8 +172,8 @@ def _block_scores_kernel(
     gen_scores = gen_scores_ptr + scores_row
 
     q = load_rows(q_base, 0, rows, length, stride_q_row, HEAD_DIM, DIM, True)
-    total = tl.zeros([BLOCK], tl.float32)
-    peak = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    peak = tl.full([TILE], LOWEST, tl.float32)
     for at in tl.range(first, length, KEYS):
         logits = _logits(q, k_base, at, length, stride_k_row, HEAD_DIM, DIM, KEYS, True)
         total, peak = _add(total, peak, logits, scale_log2)
@@ -192,16 +194,16 @@ def _block_scores_kernel(
         whole = first // KEYS * KEYS
         for at in tl.range(0, whole, KEYS):
             logits = _logits(q, k_base, at, first, stride_k_row, HEAD_DIM, DIM, KEYS, False)
-            _store_means(scores, logits, lse, at, first, scale_log2, BLOCK, KEYS)
+            _store_means(scores, logits, lse, at, first, scale_log2, TILE, BLOCK, KEYS)
         if whole < first:
             logits = _logits(q, k_base, whole, first, stride_k_row, HEAD_DIM, DIM, KEYS, True)
-            _store_means(scores, logits, lse, whole, first, scale_log2, BLOCK, KEYS)
+            _store_means(scores, logits, lse, whole, first, scale_log2, TILE, BLOCK, KEYS)
     for at in tl.range(first, length, KEYS):
         logits = _logits(q, k_base, at, length, stride_k_row, HEAD_DIM, DIM, KEYS, True)
-        _store_means(scores, logits, lse, at, length, scale_log2, BLOCK, KEYS)
-        _store_means(gen_scores, logits, gen_lse, at, length, scale_log2, BLOCK, KEYS)
+        _store_means(scores, logits, lse, at, length, scale_log2, TILE, BLOCK, KEYS)
+        _store_means(gen_scores, logits, gen_lse, at, length, scale_log2, TILE, BLOCK, KEYS)
 
-    mass = tl.minimum(length - index * BLOCK, BLOCK) * (1.0 / (BLOCK * BLOCK))
+    mass = tl.minimum(length - index * TILE, TILE) * (1.0 / (TILE * BLOCK))
     tl.debug_barrier()  # each thread reads below what others wrote above
     _scale_to(scores, mass, 0, tl.cdiv(length, BLOCK))
     _scale_to(gen_scores, mass, first // BLOCK, tl.cdiv(length, BLOCK))
@@ -237,12 +239,22 @@ def _add(total, peak, logits, scale_log2):
 
 
 @triton.jit
-def _store_means(out, logits, lse, first, end, scale_log2, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+def _store_means(
+    out,
+    logits,
+    lse,
+    first,
+    end,
+    scale_log2,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Writes to out[block] the mean of exp2(logit - lse) over each key block from `first` on."""
     mass = tl.exp2(logits * scale_log2 - lse[:, None])
     # A row's own sum first: a row lies in the registers of few threads.
-    by_block = tl.sum(tl.reshape(mass, [BLOCK, KEYS // BLOCK, BLOCK]), 2)
-    means = tl.sum(by_block, 0) * (1.0 / (BLOCK * BLOCK))
+    by_block = tl.sum(tl.reshape(mass, [TILE, KEYS // BLOCK, BLOCK]), 2)
+    means = tl.sum(by_block, 0) * (1.0 / (TILE * BLOCK))
     blocks = first // BLOCK + tl.arange(0, KEYS // BLOCK)
     tl.store(out + blocks, means, mask=blocks * BLOCK < end)
 

@@ -74,7 +74,8 @@ def block_sparse_attention(
             tables.num_kept.stride(2),
             tables.pages.stride(0),
             GROUP=q.shape[1] // k.shape[1],
-            BLOCK=layout.tile,
+            TILE=layout.tile,
+            BLOCK=layout.block_size,
             RETURN_LSE=return_lse,
             **head_options(q),
             **tiles.options,
@@ -126,6 +127,7 @@ def _block_sparse_attention_kernel(
     stride_num_head,
     stride_pages,
     GROUP: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -138,17 +140,17 @@ def _block_sparse_attention_kernel(
     The tiles of a head run together: with ascending lists they sweep its keys in step, and find
     most of them in the L2 cache.
     """
-    sequence, index = find_tile(columns, num_seqs, tl.program_id(0) // (BLOCK // ROWS))
+    sequence, index = find_tile(columns, num_seqs, tl.program_id(0) // (TILE // ROWS))
     head = tl.program_id(1).to(tl.int64)
     query_start = column(columns, num_seqs, QUERY_START, sequence).to(tl.int64)
     num_rows = column(columns, num_seqs, NUM_ROWS, sequence)
     key_start = column(columns, num_seqs, KEY_START, sequence).to(tl.int64)
     key_len = column(columns, num_seqs, KEY_LEN, sequence)
-    rows = index * BLOCK + tl.program_id(0) % (BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
+    rows = index * TILE + tl.program_id(0) % (TILE // ROWS) * ROWS + tl.arange(0, ROWS)
     q_base = q_ptr + query_start * stride_q_row + head * stride_q_head
     k_base = k_ptr + key_start * stride_k_row + head // GROUP * stride_k_head
     v_base = v_ptr + key_start * stride_v_row + head // GROUP * stride_v_head
-    page, row = find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, BLOCK)
+    page, row = find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, TILE)
     ids = kept_ptr + page * stride_kept_page + row * stride_kept_row + head * stride_kept_head
     num_kept = num_kept_ptr + page * stride_num_page + row * stride_num_row + head * stride_num_head
     count = tl.load(num_kept).to(tl.int32)

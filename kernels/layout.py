@@ -9,7 +9,7 @@ kernels read the same columns on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -75,8 +75,10 @@ class BatchLayout:
     Tile t belongs to the last sequence whose TILE_START is at most t. A tile never crosses from one
     sequence to the next; a sequence's last tile may be partial.
 
-    tile: query rows of a tile; where block tables are read or written, the sparse block size
+    tile: query rows of a tile; where block tables are read or written, of a query block
     host int32 [NUM_COLUMNS, num_seqs];  columns: the same on the device
+    key_block: tokens of a key block, where block tables are read or written; divides the tile, and
+        None is all of it
     The kernels that read pages take their grids from `host` and all else from `columns`: in a CUDA
     graph `host` holds bounds, and `columns` is where the numbers of each replay are written.
     """
@@ -84,17 +86,31 @@ class BatchLayout:
     tile: int
     host: NDArray[np.int32]
     columns: Tensor
+    key_block: int | None = None
 
     @classmethod
-    def of(cls, tile: int, device: torch.device | str, **columns: ArrayLike) -> BatchLayout:
+    def of(
+        cls,
+        tile: int,
+        device: torch.device | str,
+        *,
+        key_block: int | None = None,
+        **columns: ArrayLike,
+    ) -> BatchLayout:
         """One layout, sent in one copy; `columns` as host_layout takes them."""
-        return send_layouts([(tile, host_layout(tile, **columns))], device)[0]
+        (layout,) = send_layouts([(tile, host_layout(tile, **columns))], device)
+        return replace(layout, key_block=key_block)
 
     def only(self, seq: int) -> BatchLayout:
         """The layout of one of the sequences."""
         host = self.host[:, seq : seq + 1].copy()
         host[TILE_START] = 0
-        return BatchLayout(self.tile, host, send(host, self.columns.device))
+        return replace(self, host=host, columns=send(host, self.columns.device))
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a key block."""
+        return self.tile if self.key_block is None else self.key_block
 
     @property
     def num_seqs(self) -> int:
@@ -136,8 +152,8 @@ class BatchLayout:
 
     @property
     def max_key_blocks(self) -> int:
-        """Blocks of `tile` tokens of the longest sequence."""
-        return num_blocks(self.max_key_len, self.tile)
+        """Key blocks of the longest sequence."""
+        return num_blocks(self.max_key_len, self.block_size)
 
     def sequences(self) -> Iterator[tuple[int, Placement]]:
         """The sequences that have tiles, each after its place in the layout."""
@@ -232,15 +248,15 @@ class BlockTables:
     pages: Tensor
 
     @property
-    def block_size(self) -> int:
+    def query_block_size(self) -> int:
         return PAGE // self.kept.shape[1]
 
     def rows(self, sequence: Placement) -> tuple[Tensor, Tensor]:
         """The pages, and the rows in them, of a sequence's query blocks; int64 [blocks] each."""
-        first = sequence.first_row // self.block_size
-        count = num_blocks(sequence.num_rows, self.block_size)
+        first = sequence.first_row // self.query_block_size
+        count = num_blocks(sequence.num_rows, self.query_block_size)
         blocks = torch.arange(first, first + count, device=self.pages.device)
-        pages = self.pages[sequence.page_row, blocks * self.block_size // PAGE]
+        pages = self.pages[sequence.page_row, blocks * self.query_block_size // PAGE]
         return pages.long(), blocks % self.kept.shape[1]
 
 
@@ -310,10 +326,9 @@ class Selection:
         for length, prompt_len, select in zip(
             layout.host[KEY_LEN].tolist(), prompt_lens, selects, strict=True
         ):
-            first_gen = first_gen_block(length, prompt_len, layout.tile)
-            rows.append(
-                (first_gen, *keep_counts(num_blocks(length, layout.tile), first_gen, select))
-            )
+            first_gen = first_gen_block(length, prompt_len, layout.block_size)
+            blocks = num_blocks(length, layout.block_size)
+            rows.append((first_gen, *keep_counts(blocks, first_gen, select)))
         host = np.array(rows, np.int32).reshape(-1, 3).T.copy()
         counts, mass = send(host, layout.columns.device), None
         if any(share is not None for share in masses):

@@ -45,7 +45,7 @@ def paged_block_sparse_attention(
     heads = q.shape[1]
     tiles = tiles or SplitTiles.of(layout.tile, 1, q)
     if layout.max_key_len and layout.max_num_rows:
-        parts = Parts.of(q, layout, heads, tiles, layout.tile)
+        parts = Parts.of(q, layout, heads, tiles, layout.block_size)
         _paged_block_sparse_attention_kernel[(parts.programs, layout.num_seqs)](
             q,
             keys,
@@ -79,7 +79,8 @@ def paged_block_sparse_attention(
             tables.pages.stride(0),
             HEADS=heads,
             GROUP=heads // keys.shape[2],
-            BLOCK=layout.tile,
+            TILE=layout.tile,
+            BLOCK=layout.block_size,
             RETURN_LSE=return_lse,
             **head_options(q),
             **tiles.options,
@@ -144,6 +145,7 @@ def _paged_block_sparse_attention_kernel(
     stride_pages,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -165,9 +167,9 @@ def _paged_block_sparse_attention_kernel(
     split = tl.program_id(0) // (num_tiles * HEADS)
     head = tl.program_id(0) // num_tiles % HEADS
     tile = tl.program_id(0) % num_tiles
-    block = tile * ROWS // BLOCK
+    block = tile * ROWS // TILE
     list_page, list_row = find_row(
-        pages_ptr, stride_pages, columns, num_seqs, sequence, block, BLOCK
+        pages_ptr, stride_pages, columns, num_seqs, sequence, block, TILE
     )
     num_kept = num_kept_ptr + list_page * stride_num_page
     kept = tl.load(num_kept + list_row * stride_num_row + head * stride_num_head).to(tl.int32)

@@ -128,20 +128,22 @@ def block_scores(
     lse float32 [num_heads, rows]: log-sum-exp of the dense attention of the same `scale`;
     None: it is computed here
     Returns scores and gen_scores, float32 [num_heads, num_tiles, max_key_blocks], in [0, 1]:
-    the mean over tile x tile places, where those past the sequence's end count as 0, of
+    the mean over tile x block_size places, where those past the sequence's end count as 0, of
     softmax(scale * q k^T). gen_scores has the softmax over the keys of generation blocks.
     -inf for key blocks past the end and, in gen_scores, before the generation.
     """
-    size = layout.tile
+    tile_rows, size = layout.tile, layout.block_size
     scores, gen_scores = out or empty_scores(q, layout)
     scores.fill_(float("-inf"))
     gen_scores.fill_(float("-inf"))
     for place, sequence in layout.sequences():
         first_gen = int(selection.host[FIRST_GEN, place])
-        for tile, rows, heads, logits in _logits(q, k, sequence, size, scale):
-            means = _block_means(logits[:, :, first_gen * size :].softmax(-1), size)
+        for tile, rows, heads, logits in _logits(q, k, sequence, tile_rows, scale):
+            mass = logits[:, :, first_gen * size :].softmax(-1)
+            means = _block_means(mass, tile_rows, size)
             gen_scores[heads, tile, first_gen : first_gen + means.shape[1]] = means
-            means = _block_means(_softmax(logits, None if lse is None else lse[heads, rows]), size)
+            mass = _softmax(logits, None if lse is None else lse[heads, rows])
+            means = _block_means(mass, tile_rows, size)
             scores[heads, tile, : means.shape[1]] = means
     return scores, gen_scores
 
@@ -157,10 +159,10 @@ def _softmax(logits: Tensor, lse: Tensor | None) -> Tensor:
     return logits.softmax(-1) if lse is None else (logits - lse[:, :, None]).exp_()
 
 
-def _block_means(mass: Tensor, block_size: int) -> Tensor:
+def _block_means(mass: Tensor, tile: int, block_size: int) -> Tensor:
     """mass [heads, rows, keys] -> [heads, key blocks]"""
     mass = torch.nn.functional.pad(mass.sum(1), (0, -mass.shape[2] % block_size))
-    return mass.unflatten(1, (-1, block_size)).sum(-1) / block_size**2
+    return mass.unflatten(1, (-1, block_size)).sum(-1) / (tile * block_size)
 
 
 def select_blocks(
@@ -188,7 +190,7 @@ def select_blocks(
     for place, sequence in layout.sequences():
         pages, rows = tables.rows(sequence)
         tiles = slice(sequence.tile_start, sequence.tile_start + len(rows))
-        num_key_blocks = -(-sequence.key_len // layout.tile)
+        num_key_blocks = -(-sequence.key_len // layout.block_size)
         for head in range(scores.shape[0]):
             own, own_gen = (x[head, tiles, :num_key_blocks] for x in (scores, gen_scores))
             chosen = _chosen(own, own_gen, *counts[place])
@@ -225,8 +227,8 @@ def _needed(scores: Tensor, gen_scores: Tensor, first_gen: int, share: float) ->
 def _holding(scores: Tensor, share: float) -> Tensor:
     """Where scores [rows, ids] has the highest of a row that hold `share` of its sum, and no more.
 
-    A row's scores sum to the number of its query rows by tile * tile, so that a share of their sum
-    is one of its softmax mass. Sums are in float64: in float32 their order would decide.
+    A row's scores sum to the number of its query rows by tile * block_size, so that a share of
+    their sum is one of its softmax mass. Sums are in float64: in float32 their order would decide.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     held = scores.double().gather(1, order).cumsum(-1)
@@ -254,7 +256,7 @@ def block_sparse_attention(
     """
     out, lse = empty_attention(q, out, return_lse)
     for _, sequence in layout.sequences():
-        _attend_to_lists(q, k, v, sequence, layout.tile, tables, scale, out, lse)
+        _attend_to_lists(q, k, v, sequence, layout, tables, scale, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -263,15 +265,16 @@ def _attend_to_lists(
     k: Tensor,
     v: Tensor,
     sequence: Placement,
-    block_size: int,
+    layout: BatchLayout,
     tables: BlockTables,
     scale: float,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
     """Attention of one sequence's query blocks to the key blocks of their lists."""
+    block_size = layout.block_size
     k_blocks, v_blocks = (_in_blocks(x[sequence.keys], block_size) for x in (k, v))
-    tiles = zip(sequence.tiles(block_size), *tables.rows(sequence), strict=True)
+    tiles = zip(sequence.tiles(layout.tile), *tables.rows(sequence), strict=True)
     for (_, queries), page, row in tiles:
         count = tables.num_kept[page, row]
         ids = tables.kept[page, row, :, : max(1, int(count.max()))].long()
@@ -544,7 +547,7 @@ def paged_block_sparse_attention(
     for _, sequence in layout.sequences():
         own = sequence._replace(key_start=0)
         k, v = (_own_pages(half, sequence, tables.pages) for half in (keys, values))
-        _attend_to_lists(q, k, v, own, layout.tile, tables, scale, out, lse)
+        _attend_to_lists(q, k, v, own, layout, tables, scale, out, lse)
     return out if lse is None else (out, lse)
 
 

@@ -41,6 +41,7 @@ def select_blocks(
             selection.mass,
             layout.num_seqs,
             layout.tile,
+            layout.block_size,
             tables.kept,
             tables.num_kept,
             tables.pages,
@@ -99,6 +100,7 @@ def _select_in_vain(
 @triton.jit(
     do_not_specialize=[
         "num_seqs",
+        "tile",
         "block_size",
         "stride_scores_head",
         "stride_scores_block",
@@ -126,6 +128,7 @@ def _select_blocks_kernel(
     counts,
     mass_ptr,
     num_seqs,
+    tile,
     block_size,
     kept_ptr,
     num_kept_ptr,
@@ -145,7 +148,7 @@ def _select_blocks_kernel(
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sequence, index = find_tile(columns, num_seqs, block)
-    page, row = find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, block_size)
+    page, row = find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, tile)
     num_key_blocks = tl.cdiv(column(columns, num_seqs, KEY_LEN, sequence), block_size)
     first_gen = column(counts, num_seqs, FIRST_GEN, sequence)
     keep_all = column(counts, num_seqs, KEEP_ALL, sequence)

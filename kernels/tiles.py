@@ -36,9 +36,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @dataclass(frozen=True)
 class Tiles:
-    """How an attention kernel is cut for one block size, head size and type.
+    """How an attention kernel is cut for one number of query rows, head size and type.
 
-    rows: query rows of a program; divides the block size
+    rows: query rows of a program; divides those of a tile
     keys: keys of a step
     """
 
@@ -48,14 +48,14 @@ class Tiles:
     num_stages: int
 
     @classmethod
-    def of(cls, block_size: int, q: Tensor) -> "Tiles":
+    def of(cls, tile: int, q: Tensor) -> "Tiles":
         """Sized for the 227 KiB of shared memory of an H100: q, and k and v of every stage."""
         if q.dtype == torch.float32:  # no tensor cores, and operands held in registers
-            return cls(min(block_size, 32), 32, num_warps=4, num_stages=1)
-        if block_size < 64:
-            return cls(block_size, 64, num_warps=4, num_stages=2)
+            return cls(min(tile, 32), 32, num_warps=4, num_stages=1)
+        if tile < 64:
+            return cls(tile, 64, num_warps=4, num_stages=2)
         keys = 128 if q.shape[2] <= 128 else 64
-        return cls(block_size, keys, num_warps=block_size // 16, num_stages=2)
+        return cls(tile, keys, num_warps=tile // 16, num_stages=2)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,15 +96,15 @@ def find_tile(columns, num_seqs, tile):
 
 
 @triton.jit
-def find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, block_size):
+def find_row(pages_ptr, stride_pages, columns, num_seqs, sequence, index, tile):
     """The page, and the row in it, of the lists of a sequence's index-th tile.
 
     The page is int64, as pages times numbers a page outgrow int32.
     """
-    block = column(columns, num_seqs, FIRST_ROW, sequence) // block_size + index
+    block = column(columns, num_seqs, FIRST_ROW, sequence) // tile + index
     page_row = column(columns, num_seqs, PAGE_ROW, sequence).to(tl.int64)
-    page = tl.load(pages_ptr + page_row * stride_pages + block * block_size // PAGE)
-    return page.to(tl.int64), block % (PAGE // block_size)
+    page = tl.load(pages_ptr + page_row * stride_pages + block * tile // PAGE)
+    return page.to(tl.int64), block % (PAGE // tile)
 
 
 @triton.jit

@@ -49,15 +49,15 @@ def lse_of(batch):
 
 def exact_scores(batch):
     """From L x L softmaxes, zero padded to whole blocks."""
-    layout, size = batch.layout, batch.layout.tile
+    layout, size = batch.layout, batch.layout.block_size
     shape = (2, batch.q.shape[1], layout.num_tiles, layout.max_key_blocks)
     scores = torch.full(shape, float("-inf"), dtype=torch.float64)
     for place, sequence in layout.sequences():
         first = int(batch.selection.host[FIRST_GEN, place])
         for kind, begin in enumerate((0, first)):
             mass = logits_of(batch, sequence)[:, :, begin * size :].softmax(-1)
-            mass = pad(mass, (0, -mass.shape[2] % size, 0, -mass.shape[1] % size))
-            means = mass.unflatten(2, (-1, size)).unflatten(1, (-1, size)).mean((2, 4))
+            mass = pad(mass, (0, -mass.shape[2] % size, 0, -mass.shape[1] % layout.tile))
+            means = mass.unflatten(2, (-1, size)).unflatten(1, (-1, layout.tile)).mean((2, 4))
             start = sequence.tile_start
             tiles = slice(start, start + means.shape[1])
             scores[kind, :, tiles, begin : begin + means.shape[2]] = means
@@ -93,6 +93,29 @@ def test_blocks_of_128_equal_float64_within_rounding(with_lse):
         make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=torch.bfloat16),
         with_lse,
     )
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(("rows", "block_size"), [(32, 16), (64, 16), (64, 32)])
+def test_means_over_more_rows_than_a_key_block_has_equal_float64(rows, block_size, with_lse):
+    batch = make_batch(RAGGED, block_size, query_block_size=rows, dtype=torch.bfloat16)
+    check(batch, with_lse)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_means_over_a_tall_block_are_those_of_the_square_ones_in_it(block_size, name):
+    """Rows past the end count as 0 in either."""
+    square = make_batch([(300, 200)], block_size, heads=(1, 1))
+    tall = make_batch([(300, 200)], block_size, query_block_size=128, heads=(1, 1))
+    tall.q[tall.rows], tall.k[tall.tokens] = square.q[square.rows], square.k[square.tokens]
+    small, large = (run(batch, None, *IMPLEMENTATIONS[name]) for batch in (square, tall))
+    for mine, theirs in zip(large, small, strict=True):
+        finite = theirs[0].isfinite()
+        parts = theirs[0].where(finite, 0)
+        parts = pad(parts, (0, 0, 0, -len(parts) % (128 // block_size)))
+        means = parts.unflatten(0, (-1, 128 // block_size)).mean(1)
+        torch.testing.assert_close(mine[0].where(finite[:1], 0), means, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
@@ -198,9 +221,11 @@ def test_sequences_without_rows_are_no_work(sizes, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("block_size", "head_dim", "dtype"), COMPILED)
 def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
-    batch = make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype)
-    check(batch)
-    check(batch, with_lse=True)
+    for rows in (block_size, 128):
+        options = {"query_block_size": rows, "head_dim": head_dim, "dtype": dtype}
+        batch = make_batch(LONGER, block_size, **options)
+        check(batch)
+        check(batch, with_lse=True)
 
 
 def on_hopper(test):

@@ -52,6 +52,19 @@ def test_blocks_of_128_equal_float64_within_rounding(dtype):
     check(make_batch([(127, 100), (1, 1), (257, 0)], 128, dtype=dtype))
 
 
+FINER = [(64, 16), (128, 16), (128, 32), (128, 64)]
+"""(query rows, key block) of lists that stand for more rows than their blocks have tokens."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "block_size"), FINER)
+def test_lists_of_more_rows_than_a_key_block_has_equal_float64(rows, block_size, dtype):
+    batch = make_batch(
+        [(127, 100), (1, 1), (257, 0)], block_size, query_block_size=rows, dtype=dtype
+    )
+    check(batch)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1)])
 def test_query_heads_have_their_own_lists_and_their_groups_keys(heads):
     check(make_batch([(100, 20)], 16, heads=heads))
@@ -146,6 +159,8 @@ def test_sequences_without_rows_or_keys_are_no_work(sizes, name):
 @pytest.mark.parametrize(("block_size", "head_dim", "dtype"), COMPILED)
 def test_every_shape_compiles_and_equals_float64(block_size, head_dim, dtype):
     check(make_batch(LONGER, block_size, head_dim=head_dim, dtype=dtype))
+    options = {"head_dim": head_dim, "dtype": dtype}
+    check(make_batch(LONGER, block_size, query_block_size=128, **options))
 
 
 @pytest.mark.gpu
@@ -170,7 +185,7 @@ def test_offsets_past_int32_are_reached():
     num_kept = torch.full_like(kept[..., 0], 2)
     pages = torch.arange(last + 1, dtype=torch.int32, device="cuda")[None]
     tables = BlockTables(kept, num_kept, pages)
-    assert tables.block_size == PAGE == size
+    assert tables.query_block_size == PAGE == size
     out = block_sparse_attention(q, k, v, layout, tables, scale=128**-0.5)
     seen = torch.cat([torch.arange(size), torch.arange(last * size, length)]).cuda()
     logits = torch.einsum("qhd,khd->hqk", q[-5:].double(), k[seen].double()) * 128**-0.5

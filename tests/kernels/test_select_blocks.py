@@ -84,7 +84,7 @@ def check(batch, scores, select, device, share=0.3, mass=None, **options):
         ):
             for head in range(batch.q.shape[1]):
                 pair = (s[head, tile].tolist() for s in scores)
-                size = batch.layout.tile
+                size = batch.layout.block_size
                 ids = expected_ids(*pair, sequence.key_len, first_gen, share, size, mass)
                 assert tables.num_kept[page, row, head] == len(ids)
                 assert tables.kept[page, row, head, : len(ids)].tolist() == ids
@@ -101,6 +101,15 @@ def test_the_best_of_all_and_of_the_generation_are_listed_in_order(share, select
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_a_page_has_a_row_for_each_of_its_blocks(block_size, select, device):
     batch = make_batch([(700, 300), (1, 0), (257, 255)], block_size)
+    check(batch, random_scores(batch), select, device)
+
+
+@both
+@pytest.mark.parametrize(("rows", "block_size"), [(64, 16), (128, 32)])
+def test_a_row_may_stand_for_more_rows_than_its_blocks_have_tokens(
+    rows, block_size, select, device
+):
+    batch = make_batch([(700, 300), (1, 0), (257, 255)], block_size, query_block_size=rows)
     check(batch, random_scores(batch), select, device)
 
 

@@ -87,24 +87,30 @@ class Batch:
 
     def only(self, places: Sequence[int]) -> "Batch":
         """These sequences alone, in this order, amid what the others left in q, k and v."""
-        tile, host = self.layout.tile, self.layout.host[:, places]
+        host = self.layout.host[:, places]
         device = self.layout.columns.device
         counts = np.ascontiguousarray(self.selection.host[:, places])
         mass = self.selection.mass
         mass = None if mass is None else mass[list(places)]
         selection = Selection(counts, torch.from_numpy(counts).to(device), mass)
-        return replace(self, layout=layout_of(tile, host, device), selection=selection)
+        return replace(self, layout=layout_like(self.layout, host), selection=selection)
 
     def windows(self, windows: Sequence[tuple[int, int]]) -> "Batch":
         """The query rows [start, end) of each sequence alone; start: first of a tile."""
         host = self.layout.host.copy()
         for column, (start, end) in zip(host.T, windows, strict=True):
             column[:3] = column[0] + start, end - start, start
-        return replace(self, layout=layout_of(self.layout.tile, host, self.layout.columns.device))
+        return replace(self, layout=layout_like(self.layout, host))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+
+def layout_like(layout: BatchLayout, host: Any) -> BatchLayout:
+    """The same blocks, with the columns of `host` but the tiles, which are numbered anew."""
+    own = layout_of(layout.tile, host, layout.columns.device)
+    return replace(own, key_block=layout.key_block)
 
 
 def layout_of(tile: int, host: Any, device: torch.device | str) -> BatchLayout:
@@ -117,6 +123,7 @@ def make_batch(
     sizes: Sequence[tuple[int, int]],
     block_size: int,
     *,
+    query_block_size: int | None = None,
     heads: tuple[int, int] = (2, 1),
     head_dim: int = 32,
     dtype: torch.dtype = torch.float32,
@@ -127,12 +134,14 @@ def make_batch(
     """Normal q, k, v on the CPU, q times `spread`, as slices of one tensor.
 
     sizes: (length, prompt length) of each sequence; heads: of queries and of keys
+    query_block_size: None: block_size
     """
     lengths = [length for length, _ in sizes]
     (q_starts, size), (k_starts, _) = scattered(lengths), scattered(lengths)
     layout = BatchLayout.of(
-        block_size,
+        query_block_size or block_size,
         "cpu",
+        key_block=block_size,
         query_starts=q_starts,
         num_rows=lengths,
         first_rows=[0] * len(sizes),
@@ -297,12 +306,10 @@ def _rows_of(batch: Batch, tables: BlockTables) -> list[tuple[int, int, int, int
 
 def visible_places(batch: Batch, mask: Tensor) -> list[Tensor]:
     """mask [num_heads, num_tiles, key blocks] -> bool [num_heads, rows, keys] of each sequence."""
-    size, visible = batch.layout.tile, []
+    layout, visible = batch.layout, []
     for sequence in batch.sequences:
-        tiles = slice(
-            sequence.tile_start, sequence.tile_start + num_blocks(sequence.num_rows, size)
-        )
-        blocks = mask[:, tiles].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        of_rows = mask[:, tiles_of(batch, sequence)].repeat_interleave(layout.tile, 1)
+        blocks = of_rows.repeat_interleave(layout.block_size, 2)
         visible.append(blocks[:, : sequence.num_rows, : sequence.key_len])
     return visible
 
@@ -328,14 +335,18 @@ def random_mask(batch: Batch, share: float) -> Tensor:
 
 def existing(batch: Batch) -> Tensor:
     """bool [num_tiles, max_key_blocks], which key blocks each tile's sequence has"""
-    size, layout = batch.layout.tile, batch.layout
+    layout = batch.layout
     mask = torch.zeros(layout.num_tiles, layout.max_key_blocks, dtype=torch.bool)
     for sequence in batch.sequences:
-        tiles = slice(
-            sequence.tile_start, sequence.tile_start + num_blocks(sequence.num_rows, size)
-        )
-        mask[tiles, : num_blocks(sequence.key_len, size)] = True
+        key_blocks = num_blocks(sequence.key_len, layout.block_size)
+        mask[tiles_of(batch, sequence), :key_blocks] = True
     return mask
+
+
+def tiles_of(batch: Batch, sequence: Placement) -> slice:
+    """A sequence's tiles among those of all."""
+    count = num_blocks(sequence.num_rows, batch.layout.tile)
+    return slice(sequence.tile_start, sequence.tile_start + count)
 
 
 def tables_of(batch: Batch, mask: Tensor, **options: Any) -> BlockTables:

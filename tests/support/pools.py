@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from kernel_cases import NAN, Batch, layout_of, scattered_tables, write_lists
+from kernel_cases import NAN, Batch, layout_like, scattered_tables, write_lists
 from torch import Tensor
 
 from sparsed_vllm.kernels.layout import KEY_LEN, NUM_ROWS, PAGE, BatchLayout, BlockTables
@@ -71,11 +71,10 @@ def attending(
 
 def bounded(layout: BatchLayout) -> BatchLayout:
     """As in a CUDA graph: the host knows bounds alone, and one sequence more that has no rows."""
-    device = layout.columns.device
     host = layout.host[:, [*range(layout.num_seqs), 0]].copy()
     host[[NUM_ROWS, KEY_LEN], -1] = 0
-    columns = layout_of(layout.tile, host, device).columns
+    columns = layout_like(layout, host).columns
     most = host.copy()
     most[NUM_ROWS] = layout.max_num_rows + 2 * layout.tile
     most[KEY_LEN] = layout.max_key_len + 3000
-    return BatchLayout(layout.tile, most, columns)
+    return replace(layout, host=most, columns=columns)

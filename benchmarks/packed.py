@@ -10,12 +10,21 @@ from sparsed_vllm.kernels import api
 from sparsed_vllm.kernels.layout import KEY_LEN
 
 
-def packed(lengths: Sequence[int], block_size: int, device: torch.device | str) -> api.BatchLayout:
-    """The layout of sequences of so many tokens, in q as in k and v."""
+def packed(
+    lengths: Sequence[int],
+    block_size: int,
+    device: torch.device | str,
+    query_block_size: int | None = None,
+) -> api.BatchLayout:
+    """The layout of sequences of so many tokens, in q as in k and v.
+
+    block_size: of keys, and of queries too unless these have a size of their own
+    """
     starts = [sum(lengths[:place]) for place in range(len(lengths))]
     return api.BatchLayout.of(
-        block_size,
+        query_block_size or block_size,
         device,
+        key_block=block_size,
         query_starts=starts,
         num_rows=lengths,
         first_rows=[0] * len(lengths),

@@ -73,6 +73,7 @@ class Harness:
             canvas=self.canvas,
             steps=self.steps,
             block_size=method.block_size or self.block_size,
+            query_block_size=method.query_block_size,
             device=self.device,
         )
         answers = denoise(self.network, prompts, self.canvas, self.steps, attention)

@@ -29,12 +29,14 @@ class SparseAttention:
         canvas: int,
         steps: int,
         block_size: int,
+        query_block_size: int | None = None,
         device: torch.device,
     ) -> None:
         self.method, self.steps = method, steps
         # Without a prompt every block is one of the generation: the selection is a plain one.
         front = prompt if method.isolated else 0
-        self.layout = packed([prompt + canvas] * batch, block_size, device)
+        lengths = [prompt + canvas] * batch
+        self.layout = packed(lengths, block_size, device, query_block_size)
         self.selection = api.Selection.of(
             self.layout, [front] * batch, [method.select] * batch, [method.mass] * batch
         )

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """The ways to attend that are compared, by name.
 
-Beside those listed, sparsed-SHARE and sparsed-SHARE-blocks-SIZE name any setting of SparseD.
+Beside those listed, sparsed-SHARE, sparsed-SHARE-blocks-SIZE and, for query blocks of more tokens
+than key blocks have, sparsed-SHARE-blocks-SIZE-rows-ROWS name any setting of SparseD.
 """
 
 import re
@@ -28,6 +29,7 @@ class Method:
     isolated: prompt and generation blocks are selected apart
     sinks: first blocks that a window keeps
     block_size: its own, in tokens, where it is not the bench's
+    query_block_size: tokens of the query blocks, where they have more than key blocks
     reuse: how it reuses keys and values between steps, in the engine only; with it the first step
         records, whatever `skip` says
     """
@@ -43,6 +45,7 @@ class Method:
     isolated: bool = True
     sinks: int = 0
     block_size: int | None = None
+    query_block_size: int | None = None
     reuse: Reuse | None = None
 
     @property
@@ -50,7 +53,7 @@ class Method:
         """The same as a request's `extra_args`, where our engine has it."""
         if self.table == "none":
             return {"use_sparsed": 0, **self._kept}
-        if self.table != "recorded" or self.shared or not self.isolated:
+        if self.table != "recorded" or self.shared or not self.isolated or self.query_block_size:
             return None
         own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
         own |= {"sparsed_select": self.select, "sparsed_skip": self.skip}
@@ -113,13 +116,26 @@ def method_of(name: str) -> Method:
     """The method of a name. Raises ValueError, which says what names there are."""
     if name in METHODS:
         return METHODS[name]
-    if match := re.fullmatch(r"sparsed-(0\.\d+|1)(?:-blocks-(\d+))?", name):
-        share, size = match.groups()
-        if float(share) > 0 and (size is None or int(size) in BLOCK_SIZES):
-            label = f"SparseD, select {share}" + (f", blocks of {size}" if size else "")
-            own = None if size is None else int(size)
-            return Method(name, label, select=float(share), block_size=own)
+    if match := re.fullmatch(r"sparsed-(0\.\d+|1)(?:-blocks-(\d+)(?:-rows-(\d+))?)?", name):
+        share, size, rows = (part and float(part) for part in match.groups())
+        are_known = all(x is None or x in BLOCK_SIZES for x in (size, rows))
+        if share and are_known and (rows is None or rows % size == 0):
+            return _sparsed(name, *match.groups())
     raise ValueError(
-        f"--methods must be of {', '.join(METHODS)}, sparsed-SHARE or sparsed-SHARE-blocks-SIZE, "
-        f"shares over 0 to 1, sizes {', '.join(map(str, BLOCK_SIZES))}, got {name}."
+        f"--methods must be of {', '.join(METHODS)}, sparsed-SHARE, sparsed-SHARE-blocks-SIZE or "
+        f"sparsed-SHARE-blocks-SIZE-rows-ROWS, shares over 0 to 1, rows a multiple of the size, "
+        f"sizes {', '.join(map(str, BLOCK_SIZES))}, got {name}."
+    )
+
+
+def _sparsed(name: str, share: str, size: str | None, rows: str | None) -> Method:
+    label = f"SparseD, select {share}"
+    label += f", blocks of {size}" if rows is None and size else ""
+    label += f", blocks of {rows} queries by {size} keys" if rows else ""
+    return Method(
+        name,
+        label,
+        select=float(share),
+        block_size=None if size is None else int(size),
+        query_block_size=None if rows is None else int(rows),
     )

@@ -52,6 +52,8 @@ class Results:
             key = {"method": method, "length": length, "density": self.densities[length, method]}
             if own := method_of(method).block_size:
                 key["block_size"] = own
+            if own := method_of(method).query_block_size:
+                key["query_block_size"] = own
             rows = {task: self._means(length, task, cell) for task, cell in tasks.items()}
             for task, row in rows.items():
                 yield {**key, "task": task, "samples": len(tasks[task].marks), **flat(row)}

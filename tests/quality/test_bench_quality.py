@@ -21,7 +21,7 @@ SHAPE = Shape(n_layers=2, d_model=128, mlp_hidden_size=64)
 BLOCK = 16
 
 
-def attention(method, prompt=100, canvas=20, steps=10, batch=2):
+def attention(method, prompt=100, canvas=20, steps=10, batch=2, **sizes):
     return SparseAttention(
         method,
         batch=batch,
@@ -30,6 +30,7 @@ def attention(method, prompt=100, canvas=20, steps=10, batch=2):
         steps=steps,
         block_size=BLOCK,
         device=torch.device("cpu"),
+        **sizes,
     )
 
 
@@ -186,6 +187,7 @@ def test_intervals_are_those_of_the_normal_distribution():
         ("--tasks single listing", "--tasks listing needs a --canvas of 128, got 32"),
         ("--methods sparsed-0", "--methods must be of dense"),
         ("--methods sparsed-0.1-blocks-48", "sizes 16, 32, 64, 128, got sparsed-0.1-blocks-48"),
+        ("--methods sparsed-0.1-blocks-64-rows-32", "rows a multiple of the size, sizes 16"),
         ("--model nowhere", "--model is a folder with a config.json, got nowhere"),
     ],
 )
@@ -214,6 +216,20 @@ def test_any_share_and_block_size_is_a_method_by_its_name():
     assert (method.select, method.block_size, method.skip) == (0.05, 64, 0.2)
     assert method.request["sparsed_select"] == 0.05
     assert method_of("sparsed-0.05").block_size is None
+    finer = method_of("sparsed-0.1-blocks-32-rows-128")
+    assert (finer.select, finer.block_size, finer.query_block_size) == (0.1, 32, 128)
+
+
+def test_query_blocks_may_have_more_rows_than_key_blocks():
+    q, k, v = heads()
+    method = Method("finer", "", skip=0.0)
+    square = attention(method)
+    finer = attention(method, query_block_size=64)
+    for attend in (square, finer):
+        attend(1)(0, q, k, v)
+        assert attend(2)(0, q, k, v).shape == q.shape
+    assert len(lists(finer)) == 2 * 2 < len(lists(square)) == 2 * 8
+    assert max(ids[-1] for row in lists(finer) for ids in row) == 7
 
 
 def test_a_long_canvas_asks_long_answers_too():

@@ -160,8 +160,7 @@ def block_sparse_attention(
     _check_batch(layout, q, k, v, out)
     _check_tables(layout, q.shape[1], tables)
     aligned = _are_aligned(q, k, v, q if out is None else out)
-    sizes = (layout.tile, layout.block_size, q.shape[2])
-    attend = _sparse_kernel(q.device, q.dtype, *sizes, aligned)
+    attend = _sparse_kernel(q.device, q.dtype, layout.tile, q.shape[2], aligned)
     return attend(q, k, v, layout, tables, scale=scale, out=out, return_lse=return_lse)
 
 
@@ -354,14 +353,13 @@ def _sparse_kernel(
     device: torch.device,
     dtype: torch.dtype,
     tile: int,
-    block_size: int,
     head_dim: int,
     aligned: bool,
 ) -> Callable[..., Any]:
     """What attends over lists; chosen, and logged, once for each kind of tensors."""
     if device.type != "cuda":
         return reference.block_sparse_attention
-    obstacle = _hopper_obstacle(device, dtype, tile, block_size, head_dim, aligned)
+    obstacle = _hopper_obstacle(device, dtype, tile, head_dim, aligned)
     if obstacle is None:
         logger.info("Sparse attention runs our Gluon kernel for Hopper.")
         return _triton("block_sparse_attention", "hopper")
@@ -381,7 +379,7 @@ def _scores_kernel(
     """What scores blocks, under the same conditions; _sparse_kernel logs them."""
     if device.type != "cuda":
         return reference.block_scores
-    obstacle = _hopper_obstacle(device, dtype, tile, block_size, head_dim, aligned)
+    obstacle = _hopper_obstacle(device, dtype, tile, head_dim, aligned) or block_size != 128
     return _triton("block_scores", None if obstacle else "hopper_scores")
 
 
@@ -389,7 +387,6 @@ def _hopper_obstacle(
     device: torch.device,
     dtype: torch.dtype,
     tile: int,
-    block_size: int,
     head_dim: int,
     aligned: bool,
 ) -> str | None:
@@ -402,7 +399,6 @@ def _hopper_obstacle(
         f"Triton {version} is not one of {oldest} to {newest}": not _is_known_triton(version),
         f"it does not compute in {dtype}": dtype == torch.float32,
         f"query blocks have {tile} tokens, not 128": tile != 128,
-        f"key blocks have {block_size} tokens, not 128": block_size != 128,
         f"heads have {head_dim} numbers, not 64 or 128": head_dim not in (64, 128),
         "a tensor or its strides are not aligned to 16 bytes": not aligned,
     }

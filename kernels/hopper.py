@@ -3,12 +3,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gluon, for sm_90: attention of each query block over the key blocks that its list names.
 
-A persistent program computes one tile (128 query rows of one head) after another. Its first four
-warps only load: they keep a ring of key blocks and one of value blocks full by TMA. Two consumers
-of four warps hold 64 query rows each and share the blocks: one computes exponentials while the
-other has the tensor cores.
+A persistent program computes one tile (128 query rows of one head) after another, 128 keys a step:
+one key block, or several smaller ones that lie below each other in shared memory. Its first four
+warps only load: they keep a ring of keys and one of values full by TMA, a copy for each block. Two
+consumers of four warps hold 64 query rows each and share the keys: one computes exponentials while
+the other has the tensor cores.
 
-Weights are relative to a fixed reference: the largest logit of the list's last block, which is
+Weights are relative to a fixed reference: the largest logit of the list's last step, which is
 taken first. A running maximum makes every weight of a block wait for all of the block's logits;
 without it a launch takes 7 to 13% less time. A later logit may lie so far above the reference that
 sums overflow. They are then infinite or NaN at the tile's end, and the tile is computed again with
@@ -35,6 +36,7 @@ from sparsed_vllm.kernels.relaunch import relaunch
 from sparsed_vllm.kernels.rings import (
     column,
     fill,
+    fill_parts,
     filled,
     find_tile,
     make_ring,
@@ -74,7 +76,7 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See reference.block_sparse_attention.
 
-    16 bits a number, heads of 64 or 128, blocks of 128; base and strides aligned to 16 bytes
+    16 bits a number, heads of 64 or 128, query blocks of 128; base and strides aligned to 16 bytes
     """
     assert scale > 0, "the maximum is taken before scaling"
     out, lse = empty_attention(q, out, return_lse)
@@ -85,11 +87,11 @@ def block_sparse_attention(
         relaunch(
             _block_sparse_attention_kernel,
             (num_programs, 1, 1),
-            (q.device, q.dtype, q.shape[2], tables.kept.dtype, lse is None),
-            tiles_of(q, ROWS),
-            tiles_of(k, BLOCK),
-            tiles_of(v, BLOCK),
-            tiles_of(out, ROWS),
+            (q.device, q.dtype, q.shape[2], layout.block_size, tables.kept.dtype, lse is None),
+            tiles_of(q, ROWS.value),
+            tiles_of(k, layout.block_size),
+            tiles_of(v, layout.block_size),
+            tiles_of(out, ROWS.value),
             lse,
             layout.columns,
             layout.num_seqs,
@@ -184,8 +186,9 @@ def _block_sparse_attention_kernel(
     a tile, then in how many of a program's tiles
     """
     q_ring = make_ring(2 * STAGES, q_tiles, 1)
-    k_ring = make_ring(STAGES, k_tiles, 2)
-    v_ring = make_ring(STAGES, v_tiles, 2)
+    PARTS: gl.constexpr = BLOCK // k_tiles.block_shape[2]
+    k_ring = make_ring(STAGES, k_tiles, 2, PARTS)
+    v_ring = make_ring(STAGES, v_tiles, 2, PARTS)
     seen_once = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(seen_once, count=2)
     fence_async_shared()
@@ -197,9 +200,9 @@ def _block_sparse_attention_kernel(
     outputs = (out_tiles, lse_ptr, out_head, lse_head)
     gl.warp_specialize(
         [
-            (_load_tiles, (rings, layout, lists, work, inputs)),
-            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 0)),
-            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 1)),
+            (_load_tiles, (rings, layout, lists, work, inputs, PARTS)),
+            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 0, PARTS)),
+            (_attend_tiles, (rings, layout, lists, work, outputs, scale_log2, 1, PARTS)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -232,27 +235,28 @@ def _list_of(head, sequence, index, layout, lists):
 
 
 @gluon.jit
-def _load_tiles(rings, layout, lists, work, inputs):
+def _load_tiles(rings, layout, lists, work, inputs, PARTS: gl.constexpr):
     """The producer. The second loop serves the consumers' second pass over overflowed tiles."""
     num_tiles, overflow_ptr, seen_once = work
-    step = 0  # blocks so far
+    step = 0  # of 128 keys, so far
     turn = 0  # halves of tiles so far
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        step = _load_tile(rings, layout, lists, inputs, tile, turn, step)
+        step = _load_tile(rings, layout, lists, inputs, tile, turn, step, PARTS)
         turn += 2
     mbarrier.wait(seen_once, 0)
     if _has_overflowed(overflow_ptr, num_tiles + gl.program_id(0)):
         for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
             if _has_overflowed(overflow_ptr, tile):
-                step = _load_tile(rings, layout, lists, inputs, tile, turn, step)
+                step = _load_tile(rings, layout, lists, inputs, tile, turn, step, PARTS)
                 turn += 2
 
 
 @gluon.jit
-def _load_tile(rings, layout, lists, inputs, tile, turn, step):
+def _load_tile(rings, layout, lists, inputs, tile, turn, step, PARTS: gl.constexpr):
     """Loads a tile's queries, and its blocks in the consumers' order. Returns the next step.
 
-    The list's last block comes first; values follow their keys one block later.
+    PARTS blocks of a list are one step. The list's last step comes first, and may have fewer;
+    values follow their keys one step later.
     """
     q_ring, k_ring, v_ring = rings
     columns, num_seqs, _ = layout
@@ -262,21 +266,41 @@ def _load_tile(rings, layout, lists, inputs, tile, turn, step):
     v_column = head // group * v_head
     key_start = column(columns, num_seqs, KEY_START, sequence)
     key_end = key_start + column(columns, num_seqs, KEY_LEN, sequence)
-    ids, count, block = _list_of(head, sequence, index, layout, lists)
-    fill(k_ring, step, k_tiles, key_start, key_end, block * BLOCK, k_column)
+    ids, count, _ = _list_of(head, sequence, index, layout, lists)
+    place = gl.maximum(count - 1, 0) // PARTS * PARTS
+    keys = (k_ring, k_tiles, k_column)
+    values = (v_ring, v_tiles, v_column)
+    listed = (ids, count, key_start, key_end)
+    _fill_step(keys, step, listed, place, PARTS)
     start = column(columns, num_seqs, QUERY_START, sequence)
     end = start + column(columns, num_seqs, NUM_ROWS, sequence)
     for half in gl.static_range(2):
         row = index * BLOCK + half * ROWS
         fill(q_ring, turn + half, q_tiles, start, end, row, head * q_head)
-    for i in range(1, count):
-        following = gl.load(ids + i - 1).to(gl.int32)
-        fill(k_ring, step + 1, k_tiles, key_start, key_end, following * BLOCK, k_column)
-        fill(v_ring, step, v_tiles, key_start, key_end, block * BLOCK, v_column)
-        block = following
+    for following in range(0, place, PARTS):
+        _fill_step(keys, step + 1, listed, following, PARTS)
+        _fill_step(values, step, listed, place, PARTS)
+        place = following
         step += 1
-    fill(v_ring, step, v_tiles, key_start, key_end, block * BLOCK, v_column)
+    _fill_step(values, step, listed, place, PARTS)
     return step + 1
+
+
+@gluon.jit
+def _fill_step(into, step, listed, place, PARTS: gl.constexpr):
+    """Loads PARTS blocks of a list, from its place-th on; those behind its end read as zeros.
+
+    Ids are read anew for the values: kept since their keys, they outgrow the loader's registers.
+    """
+    ring, tiles, column = into
+    ids, count, start, end = listed
+    # Past every sequence's end: there are fewer ids than that.
+    NO_BLOCK: gl.constexpr = 32767 if ids.dtype.element_ty == gl.int16 else 1 << 22
+    rows = ()
+    for part in gl.static_range(PARTS):
+        block = gl.load(ids + place + part, mask=place + part < count, other=NO_BLOCK)
+        rows = rows + (block.to(gl.int32) * tiles.block_shape[2],)  # noqa: RUF005
+    fill_parts(ring, step, tiles, start, end, rows, column)
 
 
 @gluon.jit
@@ -287,7 +311,9 @@ def _has_overflowed(overflow_ptr, row):
 
 
 @gluon.jit
-def _attend_tiles(rings, layout, lists, work, outputs, scale_log2, HALF: gl.constexpr):
+def _attend_tiles(
+    rings, layout, lists, work, outputs, scale_log2, HALF: gl.constexpr, PARTS: gl.constexpr
+):
     """A consumer. Its second pass computes the tiles in which either half has overflowed.
 
     An overflowed half is not written in the first pass, and only such a half in the second.
@@ -300,7 +326,8 @@ def _attend_tiles(rings, layout, lists, work, outputs, scale_log2, HALF: gl.cons
     overflows = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         q = filled(q_ring, turn)
-        acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, q.dtype == gl.float16)
+        moving: gl.constexpr = q.dtype == gl.float16
+        acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, moving, PARTS)
         overflow = _overflow(acc, total)
         gl.store(overflow_ptr + 2 * tile + HALF, overflow)
         if overflow == 0:
@@ -315,7 +342,7 @@ def _attend_tiles(rings, layout, lists, work, outputs, scale_log2, HALF: gl.cons
         for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
             if _has_overflowed(overflow_ptr, tile):
                 q = filled(q_ring, turn)
-                acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, True)
+                acc, peak, total, step = _attend_tile(q, layout, keys, tile, step, True, PARTS)
                 if gl.load(overflow_ptr + 2 * tile + HALF, volatile=True) > 0:
                     _store_tile(outputs, layout, q, acc, peak, total, tile, HALF)
                 release(q_ring, turn)
@@ -323,12 +350,13 @@ def _attend_tiles(rings, layout, lists, work, outputs, scale_log2, HALF: gl.cons
 
 
 @gluon.jit
-def _attend_tile(q, layout, keys, tile, step, MOVING: gl.constexpr):
+def _attend_tile(q, layout, keys, tile, step, MOVING: gl.constexpr, PARTS: gl.constexpr):
     """Returns weighted sums of values, the weights' reference, their sums, and the next step.
 
-    Only a list's last block can be partial: it comes first, outside of the loop, and there alone
-    keys are masked. In the loop, P V of one block runs under the softmax of the next.
-    MOVING: weights are relative to the largest logit so far, not to the first block's
+    Only a list's last step can lack keys, of a partial block and of blocks that are not there: it
+    comes first, outside of the loop, and there alone keys are masked. In the loop, P V of one step
+    runs under the softmax of the next.
+    MOVING: weights are relative to the largest logit so far, not to the first step's
     """
     k_ring, v_ring, lists, scale_log2 = keys
     columns, num_seqs, _ = layout
@@ -345,7 +373,11 @@ def _attend_tile(q, layout, keys, tile, step, MOVING: gl.constexpr):
     logits = warpgroup_mma(q, k, nothing, use_acc=False)
     release(k_ring, step)
     lanes = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LOGITS))
-    end = gl.where(count > 0, length - block * BLOCK, 0)
+    SIZE: gl.constexpr = BLOCK // PARTS
+    end = length - block * SIZE
+    if PARTS > 1:
+        end = (count - 1) % PARTS * SIZE + gl.minimum(end, SIZE)
+    end = gl.where(count > 0, end, 0)
     logits = gl.where(gl.expand_dims(lanes < end, 0), logits, float("-inf"))
     lowest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
     peak = _peak(logits, lowest, scale_log2)
@@ -353,7 +385,7 @@ def _attend_tile(q, layout, keys, tile, step, MOVING: gl.constexpr):
     total = gl.sum(weights, 1)
     weights = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, SUMS)
-    for _ in range(1, count):
+    for _ in range(1, gl.cdiv(count, PARTS)):
         k = filled(k_ring, step + 1).permute((1, 0))
         logits = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         v = filled(v_ring, step)

@@ -67,8 +67,8 @@ def block_scores(
     gen_scores.fill_(float("-inf"))
     if selection.host[FIRST_GEN.value].any() and layout.num_tiles:
         _prompt_scores_kernel[(num_pairs(layout), q.shape[1])](
-            tiles_of(q, ROWS),
-            tiles_of(k, BLOCK),
+            tiles_of(q, ROWS.value),
+            tiles_of(k, BLOCK.value),
             lse,
             scores,
             layout.columns,

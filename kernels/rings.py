@@ -32,7 +32,7 @@ BILLION = gl.constexpr(1 << 30)  # the size of the dimension of rows
 ANY_SIZE = 0x7FFF0000
 
 
-def tiles_of(x: Tensor, rows: gl.constexpr) -> TensorDescriptor:
+def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
     """Tiles of `rows` tokens of one head, out of x [tokens, heads, head_dim].
 
     A head begins in column head * stride(1). x has 16 bits a number.
@@ -41,7 +41,7 @@ def tiles_of(x: Tensor, rows: gl.constexpr) -> TensorDescriptor:
     stride = x.stride(0)
     shape = [ANY_SIZE, ANY_SIZE, BILLION.value, (heads - 1) * x.stride(1) + head_dim]
     strides = [(1 << 34) - stride, stride, stride, 1]
-    tile = (1, 1, rows.value, head_dim)
+    tile = (1, 1, rows, head_dim)
     return TensorDescriptor(x, shape, strides, list(tile), _layout(tile, x.dtype))
 
 
@@ -76,9 +76,12 @@ def find_tile(columns, num_seqs, tile, GAP: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(PLACES: gl.constexpr, tiles, CONSUMERS: gl.constexpr):
-    """Room for PLACES tiles, and two barriers for each: that it is full, and that it is free."""
-    shape: gl.constexpr = [PLACES, 1, 1, tiles.block_shape[2], tiles.block_shape[3]]
+def make_ring(PLACES: gl.constexpr, tiles, CONSUMERS: gl.constexpr, PARTS: gl.constexpr = 1):
+    """Room for PLACES tiles, and two barriers for each: that it is full, and that it is free.
+
+    A tile of the ring is PARTS of the descriptor's, one below the other.
+    """
+    shape: gl.constexpr = [PLACES, 1, 1, PARTS * tiles.block_shape[2], tiles.block_shape[3]]
     memory = gl.allocate_shared_memory(tiles.dtype, shape, tiles.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
@@ -94,11 +97,25 @@ def fill(ring, step, tiles, start, end, row, column):
 
     It begins in `row` of the sequence that has the tensor's rows [start, end).
     """
+    fill_parts(ring, step, tiles, start, end, (row,), column)
+
+
+@gluon.jit
+def fill_parts(ring, step, tiles, start, end, rows, column):
+    """The same for a tile of several parts, each of which begins in a row of its own.
+
+    A part in which the sequence has no row reads as zeros.
+    """
     memory, full, free = ring
+    PARTS: gl.constexpr = len(rows)
+    HEIGHT: gl.constexpr = tiles.block_shape[2]
     place = step % memory.shape[0]
     mbarrier.wait(free.index(place), (step // memory.shape[0] & 1) ^ 1)
-    mbarrier.expect(full.index(place), tiles.block_type.nbytes)
-    _load(tiles, _coordinates(start, end, row, column), full.index(place), memory.index(place))
+    mbarrier.expect(full.index(place), PARTS * tiles.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        target = memory.index(place).slice(part * HEIGHT, HEIGHT, 2)
+        where = _coordinates(start, end, rows[part], column)
+        _load(tiles, where, full.index(place), target)
 
 
 @gluon.jit

@@ -14,13 +14,7 @@ from sparsed_vllm.kernels import api, block_sparse_attention, reference
 from sparsed_vllm.kernels.choice import Choice, Forbidden, Noise
 
 GPU = torch.device("cuda", 0)
-SUITED = {
-    "dtype": torch.bfloat16,
-    "tile": 128,
-    "block_size": 128,
-    "head_dim": 128,
-    "aligned": True,
-}
+SUITED = {"dtype": torch.bfloat16, "tile": 128, "head_dim": 128, "aligned": True}
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +55,7 @@ def test_an_h100_runs_the_kernel_for_hopper(monkeypatch, caplog, dtype, head_dim
     ("tensors", "why"),
     [
         ({"dtype": torch.float32}, "torch.float32"),
-        ({"tile": 64, "block_size": 64}, "query blocks have 64 tokens"),
-        ({"block_size": 64}, "key blocks have 64 tokens"),
+        ({"tile": 64}, "query blocks have 64 tokens"),
         ({"head_dim": 96}, "heads have 96 numbers"),
         ({"aligned": False}, "not aligned to 16 bytes"),
     ],

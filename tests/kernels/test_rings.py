@@ -40,7 +40,7 @@ def reached(tiles, start, end, row, column):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_tile_ends_with_its_sequence_and_begins_anywhere_in_it(dtype, shape):
     x = torch.empty(shape, dtype=dtype)
-    tiles = rings.tiles_of(x, ROWS)
+    tiles = rings.tiles_of(x, ROWS.value)
     row_size = x.stride(0)
     for start, end in [(0, shape[0]), (shape[0] // 3, shape[0] // 2 + 1)]:
         for row in range(0, end - start + ROWS.value, ROWS.value):
@@ -52,7 +52,7 @@ def test_a_tile_ends_with_its_sequence_and_begins_anywhere_in_it(dtype, shape):
 
 def test_a_slice_of_a_fused_projection_is_bounded_by_its_own_columns():
     x = torch.empty(100, 12, 64, dtype=torch.bfloat16)[:, 4:8]
-    tiles = rings.tiles_of(x, ROWS)
+    tiles = rings.tiles_of(x, ROWS.value)
     assert tiles.shape[-1] == 4 * 64 and tiles.strides[-2] == 12 * 64
     assert reached(tiles, 10, 90, 64, 192) == [
         (10 + row) * 12 * 64 + 192 if row < 80 else None for row in range(64, 128)

@@ -57,6 +57,10 @@ def call_gluon():
         batch = make_batch([(300, 200)], 128, head_dim=head_dim, dtype=dtype)
         attend(batch, hopper.block_sparse_attention, tables_for(batch))
         score(batch, hopper_scores.block_scores, lse_for(batch))
+    for block_size, head_dim, dtype in ((16, 64, torch.float16), (32, 128, torch.bfloat16)):
+        options = {"query_block_size": 128, "head_dim": head_dim, "dtype": dtype}
+        batch = make_batch([(300, 200)], block_size, **options)
+        attend(batch, hopper.block_sparse_attention, tables_for(batch))
 
 
 def call_triton():

@@ -3,6 +3,8 @@
 """One layer's attention: our kernels beside those of others, one JSON line for each.
 
     python benchmarks/bench_attention.py --quick >> benchmarks/results/attention.jsonl
+    python benchmarks/bench_attention.py --block-size 128 64 32 16 --lengths 65536 16384 \
+        --density 0.3 0.1 --kernels fa3_dense ours_gluon block_scores select_blocks
 
 Kernels take turns, in another order each round. `ms` is the median of the rounds, `spread` the
 widest difference between two. `tflops` counts kept blocks only, `ratio_to_fa3` compares with
@@ -27,6 +29,8 @@ from attention.check import fault
 from attention.contenders import MAKERS, NAMES, Contender, Maker
 from attention.timing import measure, spread
 from budget import Budget, note
+
+from sparsed_vllm.kernels import api
 
 PEAK = 989e12  # an H100's dense bf16 operations a second
 QUICK = {"shape": ["llada"], "lengths": [65536, 16384, 4096], "density": [0.3]}
@@ -87,6 +91,7 @@ def line_of(
         "lists": case.lists,
         "asked": case.density,
         "density": round(share, 4),
+        "block_size": case.block_size,
         "rounds": len(times),
         "ms": round(ms, 4),
         "spread": round(spread(times), 4),
@@ -113,6 +118,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lengths", type=int, nargs="+", default=[4096, 16384, 65536], help="in this order")
     add("--density", type=float, nargs="+", default=[0.3])
     add("--lists", nargs="+", choices=LISTS, default=["random"])
+    add(
+        "--block-size",
+        type=int,
+        nargs="+",
+        choices=api.BLOCK_SIZES,
+        default=[BLOCK],
+        help="of keys",
+    )
     add("--kernels", nargs="+", choices=NAMES, default=list(NAMES), metavar="KERNEL")
     add("--without", nargs="+", choices=NAMES, default=[], metavar="KERNEL")
     add("--rounds", type=int, default=7)
@@ -145,7 +158,8 @@ def why_not(args: argparse.Namespace) -> str | None:
 def sweep(args: argparse.Namespace) -> None:
     """All densities and lists of a length before the next, so that compiled kernels are reused."""
     budget = Budget(args.budget)
-    for sizes in itertools.product(args.shape, args.lengths, args.density, args.lists):
+    of = (args.shape, args.lengths, args.density, args.lists, args.block_size)
+    for sizes in itertools.product(*of):
         case = Case(*sizes)
         torch.manual_seed(0)
         call = partial(run_case, case, args.kernels, args.rounds)

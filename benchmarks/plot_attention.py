@@ -26,6 +26,7 @@ def curves_of(lines: list[dict], density: float, lists: str) -> Curves:
     curves: Curves = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         wanted = line.get("asked") == density and line.get("lists") == lists
+        wanted = wanted and line.get("block_size", 128) == 128
         if wanted and line["tflops"] and line["kernel"] not in APART:
             curves[line["shape"]][line["kernel"]][line["tokens"]] = line["tflops"]
     return curves

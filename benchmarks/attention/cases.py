@@ -15,19 +15,23 @@ SHAPES = {"llada": (32, 32, 128), "dream": (28, 4, 128), "head64": (32, 32, 64)}
 """Heads, key heads and head size."""
 
 LISTS = ("random", "recorded")
-BLOCK = 128
+BLOCK = 128  # tokens of a query block, and of a key block unless a case has smaller ones
 CANVAS = 256  # tokens being generated, at the end
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Case:
-    """density: the share of blocks asked for;  length: tokens, whole blocks"""
+    """density: the share of blocks asked for;  length: tokens, whole blocks
+
+    block_size: tokens of a key block
+    """
 
     shape: str
     length: int
     density: float
     lists: str
+    block_size: int = BLOCK
 
     @property
     def scale(self) -> float:
@@ -45,6 +49,10 @@ class Case:
     @property
     def num_blocks(self) -> int:
         return self.length // BLOCK
+
+    @property
+    def num_key_blocks(self) -> int:
+        return self.length // self.block_size
 
     @cached_property
     def qkv(self) -> tuple[Tensor, ...]:
@@ -64,7 +72,7 @@ class Case:
 
     @cached_property
     def layout(self) -> api.BatchLayout:
-        return packed([self.length], BLOCK, DEVICE)
+        return packed([self.length], self.block_size, DEVICE, BLOCK)
 
     @cached_property
     def selection(self) -> api.Selection:
@@ -76,8 +84,8 @@ class Case:
 
     def random(self) -> api.BlockTables:
         """Equally many blocks for each, ascending."""
-        keep = max(1, round(self.num_blocks * self.density))
-        shape = (self.num_blocks, 1, self.num_heads, self.num_blocks)
+        keep = max(1, round(self.num_key_blocks * self.density))
+        shape = (self.num_blocks, 1, self.num_heads, self.num_key_blocks)
         picks = torch.rand(shape, device=DEVICE).topk(keep, dim=-1).indices
         tables = empty_tables(self.layout, self.num_heads, keep)
         tables.kept.copy_(picks.sort(-1).values)
@@ -106,16 +114,17 @@ class Case:
 
     @cached_property
     def mask(self) -> Tensor:
-        """The lists as bool [heads, blocks, blocks]"""
-        mask = torch.zeros(*self.counts.shape, self.num_blocks + 1, dtype=torch.bool, device=DEVICE)
+        """The lists as bool [heads, blocks, key blocks]"""
+        shape = (*self.counts.shape, self.num_key_blocks + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
         listed = torch.arange(self.ids.shape[-1], device=DEVICE) < self.counts[..., None]
-        mask.scatter_(2, self.ids.long().where(listed, self.num_blocks), True)
-        return mask[..., : self.num_blocks].contiguous()
+        mask.scatter_(2, self.ids.long().where(listed, self.num_key_blocks), True)
+        return mask[..., : self.num_key_blocks].contiguous()
 
     @cached_property
     def share(self) -> float:
         """Of the blocks, those that the lists name."""
-        return float(self.tables.num_kept.double().mean()) / self.num_blocks
+        return float(self.tables.num_kept.double().mean()) / self.num_key_blocks
 
 
 def rotated(x: Tensor) -> Tensor:

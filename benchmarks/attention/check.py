@@ -55,4 +55,5 @@ def attend(case: Case, head: int, block: int, lists: bool, dtype: torch.dtype) -
 def places(case: Case, head: int, block: int) -> Tensor:
     """Tokens of the blocks that one list names."""
     ids = case.ids[head, block, : int(case.counts[head, block])].long()
-    return (ids[:, None] * BLOCK + torch.arange(BLOCK, device=ids.device)).flatten()
+    size = case.block_size
+    return (ids[:, None] * size + torch.arange(size, device=ids.device)).flatten()

@@ -91,6 +91,13 @@ def flash(case: Case) -> Iterator[Contender]:
     yield Contender(f"{name}_pages", paged, "lists", lambda out: tokens_first(first(out), case))
 
 
+def square(case: Case) -> Case:
+    """Raises ValueError where lists are not of blocks of 128 x 128, which is all that it takes."""
+    if case.block_size != BLOCK:
+        raise ValueError(f"its key blocks have {BLOCK} tokens, not {case.block_size}")
+    return case
+
+
 def first(out: Any) -> Tensor:
     """The attention of what may come with its log-sum-exp."""
     return out[0] if isinstance(out, tuple) else out
@@ -103,7 +110,7 @@ def tokens_first(out: Tensor, case: Case) -> Tensor:
 
 def paged_inputs(case: Case) -> dict[str, Any]:
     """The lists as block tables over pages of one head, which overlap in memory."""
-    q, k, v = case.qkv
+    q, k, v = square(case).qkv
     row, dim = k.stride(0), k.shape[2]
     step = BLOCK * row // dim  # pages from a block to the next
     heads = torch.arange(case.num_heads, device=k.device) // case.group
@@ -128,7 +135,7 @@ def fa4(case: Case) -> Iterator[Contender]:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    q, k, v = (x[None] for x in case.qkv)
+    q, k, v = (x[None] for x in square(case).qkv)
     counts = case.counts[None]
     lists = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
@@ -148,7 +155,7 @@ def flashinfer(case: Case) -> Iterator[Contender]:
     """Its lists are those of key heads: heads that share one get copies of its keys."""
     from flashinfer.sparse import VariableBlockSparseAttentionWrapper
 
-    q, k, v = (x[0] for x in case.heads_first)
+    q, k, v = (x[0] for x in square(case).heads_first)
     k, v = (x.repeat_interleave(case.group, dim=0) for x in (k, v))
     rooms = (torch.empty(128 << 20, dtype=torch.uint8, device=q.device) for _ in range(2))
     float_room, int_room = rooms
@@ -227,7 +234,7 @@ def forget_compiled(shape: str, length: int) -> None:
 
 
 def flex_mask(case: Case) -> BlockMask:
-    counts = case.counts[None]
+    counts = square(case).counts[None]
     full = pad(case.ids[None], (0, case.num_blocks - case.ids.shape[-1])).contiguous()
     return BlockMask.from_kv_blocks(
         torch.zeros_like(counts), torch.zeros_like(full), counts, full, BLOCK

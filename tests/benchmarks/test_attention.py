@@ -13,15 +13,19 @@ from attention.cases import BLOCK, Case
 CASE = Case("dream", 768, 0.4, "random")
 
 
-@pytest.fixture(params=cases.LISTS)
+FINER = Case("dream", 768, 0.4, "random", 32)
+
+
+@pytest.fixture(params=[(lists, size) for lists in cases.LISTS for size in (BLOCK, 32)])
 def case(request):
-    return Case("dream", 768, 0.4, request.param)
+    lists, block_size = request.param
+    return Case("dream", 768, 0.4, lists, block_size)
 
 
 def test_lists_are_ascending_and_told_alike_in_every_form(case):
     for head, block in check.tiles(case):
         ids = case.ids[head, block, : case.counts[head, block]].tolist()
-        assert ids == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < case.num_blocks
+        assert ids == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < case.num_key_blocks
         assert case.mask[head, block].nonzero().flatten().tolist() == ids
     assert case.share == pytest.approx(case.mask.double().mean().item())
 
@@ -44,6 +48,12 @@ def test_the_mask_of_flex_attention_lists_full_blocks_only():
     mask = contenders.flex_mask(CASE)
     assert not mask.kv_num_blocks.any()
     assert torch.equal(mask.full_kv_num_blocks[0], CASE.counts)
+
+
+def test_what_takes_square_blocks_only_says_so():
+    for prepare in (contenders.paged_inputs, contenders.flex_mask):
+        with pytest.raises(ValueError, match="its key blocks have 128 tokens, not 32"):
+            prepare(FINER)
 
 
 def test_our_own_kernels_pass_the_check(case):

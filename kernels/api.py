@@ -115,8 +115,7 @@ def block_scores(
         assert lse.stride(1) == 1, "a head's numbers lie side by side"
     shape = (q.shape[1], layout.num_tiles, layout.max_key_blocks)
     assert out is None or out[0].shape == out[1].shape == shape
-    sizes = (layout.tile, layout.block_size, q.shape[2])
-    score = _scores_kernel(q.device, q.dtype, *sizes, _are_aligned(q, k))
+    score = _scores_kernel(q.device, q.dtype, layout.tile, q.shape[2], _are_aligned(q, k))
     return score(q, k, lse, layout, selection, scale=scale, out=out)
 
 
@@ -372,14 +371,13 @@ def _scores_kernel(
     device: torch.device,
     dtype: torch.dtype,
     tile: int,
-    block_size: int,
     head_dim: int,
     aligned: bool,
 ) -> Callable[..., Any]:
     """What scores blocks, under the same conditions; _sparse_kernel logs them."""
     if device.type != "cuda":
         return reference.block_scores
-    obstacle = _hopper_obstacle(device, dtype, tile, head_dim, aligned) or block_size != 128
+    obstacle = _hopper_obstacle(device, dtype, tile, head_dim, aligned)
     return _triton("block_scores", None if obstacle else "hopper_scores")
 
 

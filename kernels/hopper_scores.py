@@ -4,9 +4,9 @@
 """Gluon, for sm_90: scores of the prompts' key blocks where the log-sum-exp is known.
 
 These blocks are whole and need no mask, and they are most of a recording; the Triton kernel scores
-the generation's. A program has two query blocks of one head, and goes over the prompt's key blocks.
-Its first four warps only load. Two consumers of four warps have a query block each: q k^T of one
-half of it runs under the exponentials of the other.
+the generation's. A program has two query blocks of one head, and goes over the prompt's keys, 128 a
+step: one key block, or several. Its first four warps only load. Two consumers of four warps have a
+query block each: q k^T of one half of it runs under the exponentials of the other.
 """
 
 from torch import Tensor
@@ -58,7 +58,7 @@ def block_scores(
 ) -> tuple[Tensor, Tensor]:
     """See reference.block_scores.
 
-    16 bits a number, heads of 64 or 128, blocks of 128; base and strides aligned to 16 bytes
+    16 bits a number, heads of 64 or 128, query blocks of 128; base and strides aligned to 16 bytes
     """
     if lse is None:
         return plain.block_scores(q, k, lse, layout, selection, scale=scale, out=out)
@@ -81,6 +81,7 @@ def block_scores(
             lse.stride(0),
             scores.stride(0),
             scores.stride(1),
+            PARTS=BLOCK.value // layout.block_size,
             num_warps=4,
         )
     plain.score_generation(q, k, lse, layout, selection, scores, gen_scores, scale)
@@ -124,8 +125,12 @@ def _prompt_scores_kernel(
     lse_head,
     scores_head,
     scores_block,
+    PARTS: gl.constexpr,
 ):
-    """Program (two query blocks of a sequence, head); x_head: stride from head to head."""
+    """Program (two query blocks of a sequence, head); x_head: stride from head to head.
+
+    PARTS: key blocks of a step
+    """
     q_ring = make_ring(4, q_tiles, 1)
     k_ring = make_ring(STAGES, k_tiles, 2)
     fence_async_shared()
@@ -135,9 +140,9 @@ def _prompt_scores_kernel(
     outputs = (lse_ptr, scores_ptr, lse_head, scores_head, scores_block)
     gl.warp_specialize(
         [
-            (_load_blocks, (rings, layout, inputs)),
-            (_score_blocks, (rings, layout, outputs, scale_log2, 0)),
-            (_score_blocks, (rings, layout, outputs, scale_log2, 1)),
+            (_load_blocks, (rings, layout, inputs, PARTS)),
+            (_score_blocks, (rings, layout, outputs, scale_log2, 0, PARTS)),
+            (_score_blocks, (rings, layout, outputs, scale_log2, 1, PARTS)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -159,8 +164,8 @@ def _find_pair(layout):
 
 
 @gluon.jit
-def _load_blocks(rings, layout, inputs):
-    """The producer. It loads one block more than is scored: the consumers run a product ahead."""
+def _load_blocks(rings, layout, inputs, PARTS: gl.constexpr):
+    """The producer. It loads one step more than is scored: the consumers run a product ahead."""
     q_ring, k_ring = rings
     columns, _, num_seqs = layout
     q_tiles, k_tiles, q_head, k_head, group = inputs
@@ -171,13 +176,13 @@ def _load_blocks(rings, layout, inputs):
         row = index * BLOCK + part * ROWS
         fill(q_ring, part, q_tiles, start, start + length, row, head * q_head)
     start = column(columns, num_seqs, KEY_START, sequence)
-    for step in range(count + 1):
+    for step in range(gl.cdiv(count, PARTS) + 1):
         k_column = head // group * k_head
         fill(k_ring, step, k_tiles, start, start + length, step * BLOCK, k_column)
 
 
 @gluon.jit
-def _score_blocks(rings, layout, outputs, scale_log2, PLACE: gl.constexpr):
+def _score_blocks(rings, layout, outputs, scale_log2, PLACE: gl.constexpr, PARTS: gl.constexpr):
     """A consumer of query block PLACE, 0 or 1, of the program.
 
     Each product runs under the exponentials of the one before, and is awaited before the next one
@@ -203,19 +208,17 @@ def _score_blocks(rings, layout, outputs, scale_log2, PLACE: gl.constexpr):
     nothing = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
     k = filled(k_ring, 0).permute((1, 0))
     upper = warpgroup_mma(upper_q, k, nothing, use_acc=False, is_async=True)
-    for step in range(count):
+    for step in range(gl.cdiv(count, PARTS)):
         upper = warpgroup_mma_wait(0, [upper])
         k = tile_at(k_ring, step % STAGES).permute((1, 0))
         lower = warpgroup_mma(lower_q, k, nothing, use_acc=False, is_async=True)
-        mass = _sum_weights(upper, upper_lse, scale_log2)
+        mass = _sum_weights(upper, upper_lse, scale_log2, PARTS)
         lower = warpgroup_mma_wait(0, [lower])
         release(k_ring, step)
         k = filled(k_ring, step + 1).permute((1, 0))
         upper = warpgroup_mma(upper_q, k, nothing, use_acc=False, is_async=True)
-        mass += _sum_weights(lower, lower_lse, scale_log2)
-        mean = gl.sum(mass, 0) * (1.0 / (BLOCK * BLOCK))
-        if block * BLOCK < length:
-            gl.store(scores + step, mean)
+        mass += _sum_weights(lower, lower_lse, scale_log2, PARTS)
+        _store_means(scores, mass, step, gl.where(block * BLOCK < length, count, 0), PARTS)
     warpgroup_mma_wait(0, [upper])
 
 
@@ -226,5 +229,30 @@ def _load_lse(lse_ptr, rows, length):
 
 
 @gluon.jit
-def _sum_weights(logits, lse, scale_log2):
-    return gl.sum(gl.exp2(logits * scale_log2 - gl.expand_dims(lse, 1)), 1)
+def _sum_weights(logits, lse, scale_log2, PARTS: gl.constexpr):
+    """Weights summed over a row; for several parts, over two rows of each.
+
+    A thread holds rows r and r + 8 of its warp's 16, and two of every eight columns: sums over what
+    it holds come first. Those over lanes are not left for later: without their shuffles the weights
+    would be computed under the next product, which writes to their logits' registers.
+    """
+    weights = gl.exp2(logits * scale_log2 - gl.expand_dims(lse, 1))
+    if PARTS == 1:
+        sums = gl.sum(weights, 1)
+    else:
+        split = weights.reshape([ROWS // 16, 2, 8, PARTS, BLOCK // PARTS // 8, 4, 2])
+        sums = gl.sum(gl.sum(gl.sum(gl.sum(split, 6), 4), 1), 3)
+    return sums
+
+
+@gluon.jit
+def _store_means(scores, sums, step, count, PARTS: gl.constexpr):
+    """Writes the step's means; sums: as _sum_weights has them.  count: key blocks to score"""
+    if PARTS == 1:
+        mean = gl.sum(sums, 0) * (1.0 / (BLOCK * BLOCK))
+        if step < count:
+            gl.store(scores + step, mean)
+    else:
+        mass = gl.sum(gl.sum(sums, 1), 0)
+        blocks = step * PARTS + gl.arange(0, PARTS, layout=mass.type.layout)
+        gl.store(scores + blocks, mass * (PARTS / (BLOCK * BLOCK)), mask=blocks < count)

@@ -3,10 +3,12 @@
 """Mean softmax mass per key block: the kernel and its twin against float64."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from kernel_cases import (
+    BLOCK_SIZES,
     COMPILED,
     DEVICE,
     LONGER,
@@ -118,16 +120,16 @@ def test_means_over_a_tall_block_are_those_of_the_square_ones_in_it(block_size, 
         torch.testing.assert_close(mine[0].where(finite[:1], 0), means, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
-def test_generations_are_scored_beside_finished_prompts(block_size):
+@pytest.mark.parametrize(("rows", "block_size"), [(16, 16), (128, 16), (128, 128)])
+def test_generations_are_scored_beside_finished_prompts(rows, block_size):
     """As after the kernel for Hopper, which leaves prompts' blocks unscaled."""
-    batch = make_batch([(300, 200), (1, 0), (127, 100)], block_size)
+    batch = make_batch([(300, 200), (1, 0), (127, 100)], block_size, query_block_size=rows)
     lse = lse_of(batch)
     expected = run(batch, lse)
     scores, gen_scores = (x.clone() for x in expected)
     for place, sequence in batch.layout.sequences():
         first = int(batch.selection.host[FIRST_GEN, place])
-        tiles = slice(sequence.tile_start, sequence.tile_start - (-sequence.num_rows // block_size))
+        tiles = slice(sequence.tile_start, sequence.tile_start - (-sequence.num_rows // rows))
         scores[:, tiles, :first] *= 0.999
         scores[:, tiles, first:] = float("-inf")
     gen_scores.fill_(float("-inf"))
@@ -253,8 +255,10 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_hoppers_kernel_equals_float64_within_rounding(dtype, head_dim, sizes):
-    batch = make_batch(sizes, 128, dtype=dtype, heads=(4, 2), head_dim=head_dim)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_hoppers_kernel_equals_float64_within_rounding(block_size, dtype, head_dim, sizes):
+    options = {"query_block_size": 128, "dtype": dtype, "heads": (4, 2), "head_dim": head_dim}
+    batch = make_batch(sizes, block_size, **options)
     check(batch, with_lse=True, score=hopper_block_scores)
     check(batch, score=hopper_block_scores)
 
@@ -262,10 +266,10 @@ def test_hoppers_kernel_equals_float64_within_rounding(dtype, head_dim, sizes):
 @on_hopper
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1)])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
-def test_hoppers_kernel_takes_groups_and_equal_and_large_logits(heads, spread):
-    batch = make_batch(
-        [(700, 600)], 128, dtype=torch.bfloat16, heads=heads, head_dim=128, spread=spread
-    )
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_hoppers_kernel_takes_groups_and_equal_and_large_logits(block_size, heads, spread):
+    options = {"query_block_size": 128, "dtype": torch.bfloat16, "heads": heads, "head_dim": 128}
+    batch = make_batch([(700, 600)], block_size, spread=spread, **options)
     check(batch, with_lse=True, score=hopper_block_scores)
 
 
@@ -273,12 +277,14 @@ def test_hoppers_kernel_takes_groups_and_equal_and_large_logits(heads, spread):
 def test_thousands_of_launches_on_hopper_agree_to_the_bit():
     """Of mixed shapes, so that what one leaves behind in shared memory differs from the next."""
     cases = []
-    for sizes, heads, head_dim in [
+    shapes = [
         ([(3000, 2900)], (8, 2), 128),
         ([(129, 128)], (1, 1), 128),
         ([(1900, 1500), (700, 512)], (6, 3), 64),
-    ]:
-        batch = make_batch(sizes, 128, dtype=torch.bfloat16, heads=heads, head_dim=head_dim)
+    ]
+    for (sizes, heads, head_dim), block_size in product(shapes, BLOCK_SIZES):
+        options = {"query_block_size": 128, "dtype": torch.bfloat16, "head_dim": head_dim}
+        batch = make_batch(sizes, block_size, heads=heads, **options)
         lse = lse_of(batch).to("cuda")
         cases.append((batch.to("cuda"), lse, hopper_block_scores))
     expected = [run(*case) for case in cases]

@@ -19,9 +19,9 @@ SCRIPT = Path(__file__).parents[1] / "support/compile_for_hopper.py"
 # A batch a kernel, and the variants of each; the plain scores also follow Hopper's.
 COMPILED = {
     "_block_sparse_attention_kernel": 2 + 2 + 2,
-    "_prompt_scores_kernel": 2,
+    "_prompt_scores_kernel": 2 + 2,
     "_dense_attention_kernel": 2,
-    "_block_scores_kernel": 2 + 2 + 2,
+    "_block_scores_kernel": 2 + 2 + 2 + 2,
     "_select_blocks_kernel": 2 * 2,
     "_draw_uniform_kernel": 1,
     "_least_keys_kernel": 1,

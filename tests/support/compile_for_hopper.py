@@ -61,6 +61,7 @@ def call_gluon():
         options = {"query_block_size": 128, "head_dim": head_dim, "dtype": dtype}
         batch = make_batch([(300, 200)], block_size, **options)
         attend(batch, hopper.block_sparse_attention, tables_for(batch))
+        score(batch, hopper_scores.block_scores, lse_for(batch))
 
 
 def call_triton():

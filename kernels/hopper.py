@@ -299,7 +299,7 @@ def _fill_step(into, step, listed, place, PARTS: gl.constexpr):
     rows = ()
     for part in gl.static_range(PARTS):
         block = gl.load(ids + place + part, mask=place + part < count, other=NO_BLOCK)
-        rows = rows + (block.to(gl.int32) * tiles.block_shape[2],)  # noqa: RUF005
+        rows += (block.to(gl.int32) * tiles.block_shape[2],)  # type: ignore[assignment]
     fill_parts(ring, step, tiles, start, end, rows, column)
 
 

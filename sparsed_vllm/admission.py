@@ -137,15 +137,19 @@ class RequestReader:
     def _check_table(self, sparsity: Sparsity, length: int) -> None:
         """A request's rows of ids must fit those that its pages have."""
         assert self.sparse_config is not None
-        ids = most_kept(num_blocks(length, sparsity.block_size), sparsity.select)
+        ids, tile = (
+            most_kept(num_blocks(length, sparsity.block_size), sparsity.select),
+            sparsity.tile,
+        )
         limit = self.sparse_config.table_ids
-        if ids > limit * sparsity.block_size - 1:  # one entry is the count
+        if ids > limit * tile - 1:  # one entry is the count
             raise BadRequest(
                 "sparsed_block_size",
                 sparsity.block_size,
                 f"large enough to keep less than {limit} key blocks a token: with select "
-                f"{sparsity.select} and {length} tokens it may keep {ids} a block",
-                "Use larger blocks or a smaller sparsed_select, or raise sparsed.table_ids.",
+                f"{sparsity.select} and {length} tokens it may keep {ids} for {tile} tokens",
+                "Use larger blocks, a larger sparsed_query_block_size or a smaller sparsed_select, "
+                "or raise sparsed.table_ids.",
             )
 
 

@@ -357,11 +357,11 @@ class SparsedImpl(AttentionImpl):
             nbytes = max(nbytes, _PARTS_BYTES)
         torch.empty(nbytes, dtype=torch.uint8, device=q.device)
 
-    def tables_of(self, cache: Tensor, pages: Tensor, block_size: int) -> BlockTables:
+    def tables_of(self, cache: Tensor, pages: Tensor, query_block_size: int) -> BlockTables:
         """The layer's tables of sequences with these pages."""
-        key = (cache.data_ptr(), block_size)
+        key = (cache.data_ptr(), query_block_size)
         if key not in self._tables:
-            self._tables[key] = self.pages.block_tables(cache, pages, block_size)
+            self._tables[key] = self.pages.block_tables(cache, pages, query_block_size)
         tables = self._tables[key]
         return BlockTables(tables.kept, tables.num_kept, pages)
 

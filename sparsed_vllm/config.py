@@ -28,7 +28,9 @@ class SparseConfig:
     The names are the authors' (arXiv 2509.24014), but for mass and refresh.
     skip: share of the steps that run in full before the pattern is recorded
     select: share of the key blocks that later steps attend to
-    block_size: tokens of a block, of queries and of keys
+    block_size: tokens of a key block, and of a query block too unless these have more
+    query_block_size: tokens of a query block, which have one list of key blocks; a multiple of
+        block_size; None: block_size
     mass: share of the softmax mass that is enough: of the blocks that `select` keeps, a row keeps
         those that hold it; None: all of them
     refresh: the pattern is recorded again every so many steps; None: never
@@ -40,6 +42,7 @@ class SparseConfig:
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
+    query_block_size: int | None = None
     mass: float | None = None
     refresh: int | None = None
     min_length: int = CROSSOVER
@@ -49,7 +52,20 @@ class SparseConfig:
     def of(cls, additional_config: object) -> "SparseConfig":
         """The settings under the key `sparsed`. Raises BadRequest (a ValueError)."""
         given = read_section("sparsed", additional_config, SECTION_FIELDS)
-        return cls(**{"select": _ALL, **given} if "mass" in given else given)
+        config = cls(**{"select": _ALL, **given} if "mass" in given else given)
+        _check_query_blocks("sparsed.", config.block_size, config.query_block_size)
+        return config
+
+
+def _check_query_blocks(prefix: str, block_size: int, query_block_size: int | None) -> None:
+    """Raises BadRequest where query blocks are not whole key blocks."""
+    if query_block_size is not None and query_block_size % block_size:
+        raise BadRequest(
+            f"{prefix}query_block_size",
+            query_block_size,
+            f"a multiple of {prefix}block_size, which is {block_size}",
+            "Raise it, lower the other, or leave it out.",
+        )
 
 
 def read_section(
@@ -75,6 +91,12 @@ class Sparsity:
     block_size: int
     mass: float | None = None
     refresh: int | None = None
+    query_block_size: int | None = None
+
+    @property
+    def tile(self) -> int:
+        """Query rows that have one list of key blocks."""
+        return self.query_block_size or self.block_size
 
 
 SECTION_FIELDS = {
@@ -89,6 +111,12 @@ SECTION_FIELDS = {
         lambda size: size in BLOCK_SIZES,
         f"one of {', '.join(map(str, BLOCK_SIZES))}",
         "Use 128 for long contexts, 32 for short ones.",
+    ),
+    "query_block_size": Field(
+        integer,
+        lambda size: size in BLOCK_SIZES,
+        f"one of {', '.join(map(str, BLOCK_SIZES))}, at least the block size",
+        "Use 128 with smaller blocks of keys, or leave it out.",
     ),
     "mass": Field(
         number,
@@ -112,6 +140,7 @@ REQUEST_FIELDS = {
     "sparsed_skip": SECTION_FIELDS["skip"],
     "sparsed_select": SECTION_FIELDS["select"],
     "sparsed_block_size": SECTION_FIELDS["block_size"],
+    "sparsed_query_block_size": SECTION_FIELDS["query_block_size"],
     "sparsed_mass": SECTION_FIELDS["mass"],
     "sparsed_refresh": SECTION_FIELDS["refresh"],
 }
@@ -143,14 +172,20 @@ def choose_sparsity(
             remedy = "Serve with --attention-backend sparsed."
             raise BadRequest(name, extra_args[name], "absent on a dense backend", remedy)
         return None
+    block_size = given.get("sparsed_block_size", config.block_size)
+    # A request that asks for blocks of its own has square ones unless it says otherwise.
+    default = None if "sparsed_block_size" in given else config.query_block_size
+    query_block_size = given.get("sparsed_query_block_size", default)
+    _check_query_blocks("sparsed_", block_size, query_block_size)
     if wanted is False or (wanted is None and length < config.min_length):
         return None
     return Sparsity(
         skip=given.get("sparsed_skip", config.skip),
         select=given.get("sparsed_select", _ALL if "sparsed_mass" in given else config.select),
-        block_size=given.get("sparsed_block_size", config.block_size),
+        block_size=block_size,
         mass=given.get("sparsed_mass", config.mass),
         refresh=given.get("sparsed_refresh", config.refresh),
+        query_block_size=query_block_size,
     )
 
 

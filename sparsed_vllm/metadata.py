@@ -33,14 +33,16 @@ class Kind(NamedTuple):
     """What sequences of one launch have in common.
 
     source: where their keys and values come from;  phase: whether they record or follow tables
-    tile: query rows of a tile, which for tables is the block size
+    tile: query rows of a tile, which for tables is a query block
     is_packed: whether FlashAttention serves them
+    key_block: tokens of a key block, for tables
     """
 
     source: Source
     phase: Phase
     tile: int
     is_packed: bool = False
+    key_block: int | None = None
 
 
 DENSE_FRESH = Kind(Source.FRESH, Phase.DENSE, DENSE_ROWS)
@@ -178,7 +180,8 @@ def _members(
             members.setdefault(dense, []).append(Member(i, 0, num_dense, 0))
         if step.phase is not Phase.DENSE:
             assert request.plan.sparsity is not None
-            kind = Kind(step.source, step.phase, request.plan.sparsity.block_size)
+            sparsity = request.plan.sparsity
+            kind = Kind(step.source, step.phase, sparsity.tile, key_block=sparsity.block_size)
             members.setdefault(kind, []).append(Member(i, chosen, rest, step.first_row))
     return members
 
@@ -247,7 +250,7 @@ def _launch(
     batch: DenoisingBatch | None,
     pages: Tensor,
 ) -> Launch:
-    packed = None
+    packed, layout = None, replace(layout, key_block=kind.key_block)
     if kind.is_packed:
         packed = PackedSequences.of(layout, pages if kind.source is Source.PAGES else None)
     launch = Launch(kind, layout, packed)

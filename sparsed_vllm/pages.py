@@ -55,9 +55,9 @@ class PageLayout:
         strides = (cache.stride(0), token, self.head_size, 1)
         return cache.as_strided(shape, strides, cache.storage_offset() + half * PAGE * token)
 
-    def block_tables(self, cache: Tensor, pages: Tensor, block_size: int) -> BlockTables:
+    def block_tables(self, cache: Tensor, pages: Tensor, query_block_size: int) -> BlockTables:
         """The tables of sequences with these pages; pages int32 [num_seqs, most pages]"""
-        kept = self.tables.of(cache, block_size, PAGE * self.kv_bytes_per_token)
+        kept = self.tables.of(cache, query_block_size, PAGE * self.kv_bytes_per_token)
         return BlockTables(*kept, pages)
 
     def empty(self, num_pages: int, device: torch.device) -> Tensor:

@@ -51,10 +51,11 @@ class RecordedTables:
         for place, i in enumerate(recording):
             plan = batch.plans[i]
             assert plan.sparsity is not None
-            by_size.setdefault(plan.sparsity.block_size, []).append(place)
-            blocks = num_blocks(plan.length, plan.sparsity.block_size)
+            by_size.setdefault(plan.sparsity.tile, []).append(place)
+            rows = num_blocks(plan.length, plan.sparsity.tile)
+            possible = heads * rows * num_blocks(plan.length, plan.sparsity.block_size)
             num_bytes = num_blocks(plan.length, PAGE) * PAGE * share
-            sizes.append((batch.req_ids[i], heads * blocks**2, num_bytes))
+            sizes.append((batch.req_ids[i], possible, num_bytes))
         for size, places in by_size.items():
             seqs = np.array([recording[place] for place in places])
             counts = np.array([num_blocks(batch.plans[i].length, size) for i in seqs])
@@ -86,7 +87,8 @@ def _count(
 ) -> Tensor:
     """How many ids the rows of some query blocks list, over all heads and layers; int64 [n].
 
-    seqs, blocks int64 [n]: the blocks' sequences, and their places in these;  size: in tokens
+    seqs, blocks int64 [n]: the blocks' sequences, and their places in these
+    size: tokens of a query block
     """
     per_page = PAGE // size
     rows = pages[seqs, blocks // per_page].long(), blocks % per_page

@@ -34,7 +34,13 @@ def rehearse(
     compile the kernels of their own once. Raises what a kernel raises.
     """
     length = 2 * PAGE
-    sparsity = Sparsity(0.0, config.select, config.block_size, config.mass)
+    sparsity = Sparsity(
+        0.0,
+        config.select,
+        config.block_size,
+        config.mass,
+        query_block_size=config.query_block_size,
+    )
     params = DenoisingParams(PAGE, _STEPS, PAGE, "low_confidence")
     request = DenoisingRequest(0, Plan(params, sparsity, length - PAGE), 0)
     heads = (impl.num_heads, impl.num_kv_heads, impl.num_kv_heads)
@@ -55,7 +61,7 @@ def rehearse(
         impl.attend(LayerStep(q, k, v, cache, metadata, torch.empty_like(q)))
     assert step.phase is Phase.SPARSE
     if impl.pages.holds_kv:
-        _step_lightly(impl, q, k, v, cache, config.block_size)
+        _step_lightly(impl, q, k, v, cache, sparsity)
     most = num_blocks(impl.max_model_len, min(BLOCK_SIZES))
     api.compile_selection(most, impl.pages.tables.dtype, device)
     if config.mass is not None:
@@ -63,7 +69,7 @@ def rehearse(
 
 
 def _step_lightly(
-    impl: SparsedImpl, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, block_size: int
+    impl: SparsedImpl, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, sparsity: Sparsity
 ) -> None:
     """What light steps run, for one row of a sequence that is long enough to be split."""
     halves = impl.pages.halves(cache)
@@ -80,6 +86,7 @@ def _step_lightly(
         BatchLayout.of(
             tile,
             q.device,
+            key_block=key_block,
             query_starts=[0],
             num_rows=[1],
             first_rows=[0],
@@ -87,9 +94,9 @@ def _step_lightly(
             key_lens=[mass.shape[1]],
             page_rows=[0],
         )
-        for tile in (DENSE_ROWS, block_size)
+        for tile, key_block in ((DENSE_ROWS, None), (sparsity.tile, sparsity.block_size))
     )
-    tables = impl.tables_of(cache, pages, block_size)
+    tables = impl.tables_of(cache, pages, sparsity.tile)
     for return_lse in (False, True):
         options: dict[str, Any] = {"scale": impl.scale, "return_lse": return_lse}
         api.paged_attention(q[:1], *halves, layout, pages, **options)

@@ -192,7 +192,7 @@ class Plan:
             return Source.FRESH, 0, 0, length
         first = self.prompt_len + self._block_at(step - 1).start - self.shift
         if self.sparsity is not None:
-            first -= first % self.sparsity.block_size  # rows of tables are of whole blocks
+            first -= first % self.sparsity.tile  # rows of tables are of whole blocks
         chosen = math.ceil(reuse.share * first) if step % reuse.every == 0 else 0
         return Source.PAGES, first, chosen, length - first + chosen
 

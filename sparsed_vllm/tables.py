@@ -35,21 +35,21 @@ class TablePages:
         size = self.num_heads * self.ids_per_token * self.dtype.itemsize
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
-    def most_kept(self, block_size: int) -> int:
+    def most_kept(self, query_block_size: int) -> int:
         """The most ids that a row of query blocks of this size has room for."""
-        return self.ids_per_token * block_size - 1
+        return self.ids_per_token * query_block_size - 1
 
-    def of(self, cache: Tensor, block_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """BlockTables.kept and BlockTables.num_kept in a layer's cache, for blocks of this size.
+    def of(self, cache: Tensor, query_block_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """BlockTables.kept and BlockTables.num_kept in a layer's cache, for query blocks so large.
 
         cache [num_pages, 1, PAGE, numbers a token], as vLLM allocates it, in any type
         offset: bytes of a page before its tables
         """
         ids = cache.view(self.dtype)
         assert ids.shape[1:3] == (1, PAGE) and ids.stride()[2:] == (ids.shape[3], 1)
-        entries = self.ids_per_token * block_size
-        shape = (ids.shape[0], PAGE // block_size, self.num_heads)
-        row = block_size * self.bytes_per_token // self.dtype.itemsize
+        entries = self.ids_per_token * query_block_size
+        shape = (ids.shape[0], PAGE // query_block_size, self.num_heads)
+        row = query_block_size * self.bytes_per_token // self.dtype.itemsize
         strides = (ids.stride(0), row, entries)
         start = ids.storage_offset() + offset // self.dtype.itemsize
         kept = ids.as_strided((*shape, entries - 1), (*strides, 1), start + 1)

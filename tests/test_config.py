@@ -92,6 +92,24 @@ def test_a_table_is_recorded_again_where_the_request_or_else_the_engine_says_so(
         assert choose_sparsity(config, given, 1) == Sparsity(0.2, 0.3, 128, refresh=5)
 
 
+def test_query_blocks_may_be_larger_than_key_blocks():
+    tall = SparseConfig.of({"sparsed": {"block_size": 32, "query_block_size": 128}})
+    sparse = {"use_sparsed": 1}
+    assert choose_sparsity(tall, sparse, 1) == Sparsity(0.2, 0.3, 32, query_block_size=128)
+    own = {**sparse, "sparsed_block_size": 16}
+    assert choose_sparsity(tall, own, 1) == Sparsity(0.2, 0.3, 16)
+    own["sparsed_query_block_size"] = 64
+    for config in (DEFAULTS, tall):
+        assert choose_sparsity(config, own, 1) == Sparsity(0.2, 0.3, 16, query_block_size=64)
+    assert Sparsity(0.2, 0.3, 32).tile == 32 and choose_sparsity(tall, sparse, 1).tile == 128
+
+
+def test_query_blocks_of_an_engine_are_whole_key_blocks():
+    allowed = r"sparsed\.query_block_size must be a multiple of sparsed\.block_size, which is 128"
+    with pytest.raises(BadRequest, match=allowed):
+        SparseConfig.of({"sparsed": {"query_block_size": 32}})
+
+
 @pytest.mark.parametrize("config", [DEFAULTS, None], ids=["sparse", "dense"])
 @pytest.mark.parametrize("own", [{"sparsed_mass": 0.9}, {"sparsed_refresh": 4}], ids=str)
 def test_what_a_request_that_chooses_dense_attention_says_of_tables_is_refused(config, own):
@@ -106,6 +124,8 @@ def test_what_a_request_that_chooses_dense_attention_says_of_tables_is_refused(c
         ("sparsed_skip", 2),
         ("sparsed_select", 0),
         ("sparsed_block_size", 8),
+        ("sparsed_query_block_size", 256),
+        ("sparsed_query_block_size", 64),  # of blocks of 128
         ("use_sparsed", "x"),
         ("sparsed_mass", 1),
         ("sparsed_mass", math.nan),

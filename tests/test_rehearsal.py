@@ -21,15 +21,18 @@ def impl_of(max_model_len=1000, holds_kv=False):
     return SparsedImpl(4, 32, 0.2, num_kv_heads=2, pages=pages, **sizes)
 
 
-@pytest.mark.parametrize(("block_size", "mass"), [(16, None), (128, None), (128, 0.9)])
-def test_a_rehearsal_attends_records_and_follows(block_size, mass, monkeypatch):
+@pytest.mark.parametrize(
+    ("block_size", "mass", "query_block_size"),
+    [(16, None, None), (128, None, None), (128, 0.9, None), (32, None, 128)],
+)
+def test_a_rehearsal_attends_records_and_follows(block_size, mass, query_block_size, monkeypatch):
     ran, api = [], attention.api
     for name in ("dense_attention", "block_scores", "select_blocks", "block_sparse_attention"):
         monkeypatch.setattr(api, name, noting(ran, name, getattr(api, name)))
     compiled = []
     compile_selection = lambda *args, by_mass=False: compiled.append((*args, by_mass))  # noqa: E731
     monkeypatch.setattr(api, "compile_selection", compile_selection)
-    config = SparseConfig(block_size=block_size, mass=mass)
+    config = SparseConfig(block_size=block_size, mass=mass, query_block_size=query_block_size)
     rehearsal.rehearse(impl_of(), config, dtype=torch.float32, device=CPU)
     assert ran == [
         "dense_attention",
@@ -47,6 +50,20 @@ KERNELS = [
     *("dense_attention", "block_scores", "block_sparse_attention", "write_pages"),
     *("paged_attention", "paged_block_sparse_attention", "token_mass"),
 ]
+
+
+def test_a_rehearsal_s_light_steps_have_the_engine_s_blocks(monkeypatch):
+    layouts = []
+
+    def attend(q, keys, values, layout, tables, **options):
+        layouts.append((layout.tile, layout.block_size))
+        return paged(q, keys, values, layout, tables, **options)
+
+    paged = attention.api.paged_block_sparse_attention
+    monkeypatch.setattr(attention.api, "paged_block_sparse_attention", attend)
+    config = SparseConfig(block_size=32, query_block_size=128)
+    rehearsal.rehearse(impl_of(holds_kv=True), config, dtype=torch.float32, device=CPU)
+    assert set(layouts) == {(128, 32)}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -204,6 +204,11 @@ def test_rows_that_follow_lists_begin_with_a_block(size, first):
     assert rows_of(plan)[1] == (first, chosen, 132 - first + chosen)
 
 
+def test_rows_that_follow_lists_begin_with_a_query_block():
+    sparsity = Sparsity(0.2, 0.3, 16, query_block_size=64)
+    assert rows_of(plan_of(Reuse(0.1), sparsity=sparsity))[1][0] == 64
+
+
 def test_with_reuse_the_first_step_records_the_table():
     plan = plan_of(Reuse(0.1, refresh=4), sparsity=Sparsity(0.2, 0.3, 16))
     phases = [plan.phase_of(step) for step in range(16)]

@@ -120,12 +120,25 @@ def test_a_network_with_a_mask_sees_nothing_of_dropped_blocks(net):
 @pytest.mark.parametrize("length", [96, 100, 33, 5])
 def test_scores_are_shares_of_rows_and_ragged_blocks_count_their_missing_places(length):
     q, k = random_heads(length)
-    scores = block_scores(q, k, 32)
+    scores = block_scores(q, k, (32, 32))
     rows = torch.full((math.ceil(length / 32),), 32)
     rows[-1] = length - 32 * (len(rows) - 1)
     assert torch.allclose(scores.sum(-1) * 32**2, rows.double())
     weights = (q.double() @ k.double().mT / 8**0.5).softmax(-1)
     assert scores[1, -1, 0].isclose(weights[1, 32 * (len(rows) - 1) :, :32].sum() / 32**2)
+
+
+def test_query_blocks_may_be_of_several_key_blocks():
+    q, k = random_heads(100)
+    fine, tall = block_scores(q, k, (16, 16)), block_scores(q, k, (64, 16))
+    assert tall.shape == (3, 2, 7)
+    padded = torch.nn.functional.pad(fine, (0, 0, 0, 1))
+    assert torch.allclose(tall, padded.unflatten(1, (2, 4)).mean(2))
+    sparsity = Sparsity(select=0.3, block_size=16, query_block_size=64)
+    masks, _ = select_blocks(q, k, sparsity, 32)
+    assert torch.equal(masks[..., :5], best_blocks(tall, 3)[..., :5])
+    seen = over_places(masks, sparsity.sizes, 100)
+    assert torch.equal(seen[:, 63], seen[:, 0]) and torch.equal(seen[:, 64], seen[:, 99])
 
 
 @pytest.mark.parametrize("length, gen_length", [(96, 32), (100, 32), (100, 3), (33, 32), (300, 99)])
@@ -135,7 +148,7 @@ def test_selection_equals_a_loop_over_sorted_scores(length, gen_length, select):
     masks, _ = select_blocks(q, k, Sparsity(select=select, block_size=32), gen_length)
     num_blocks = math.ceil(length / 32)
     first_gen = min(math.ceil((length - gen_length) / 32), num_blocks - 1)
-    scores, gen_scores = block_scores(q, k, 32), block_scores(q, k[:, 32 * first_gen :], 32)
+    scores, gen_scores = (block_scores(q, keys, (32, 32)) for keys in (k, k[:, 32 * first_gen :]))
     for head, row in torch.cartesian_prod(torch.arange(3), torch.arange(num_blocks)).tolist():
         best = top(scores[head, row].tolist(), int(num_blocks * select) + 1)
         gen = top(gen_scores[head, row].tolist(), int((num_blocks - first_gen) * select) + 1)
@@ -201,4 +214,4 @@ def test_a_mask_of_blocks_covers_their_places():
     mask = torch.tensor([[True, False], [False, True]])
     ones = torch.ones(2, 2, dtype=torch.bool)
     expected = torch.block_diag(ones, ones[:1, :1]).bool()
-    assert torch.equal(over_places(mask, 2, 3), expected)
+    assert torch.equal(over_places(mask, (2, 2), 3), expected)

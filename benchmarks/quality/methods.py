@@ -53,9 +53,13 @@ class Method:
         """The same as a request's `extra_args`, where our engine has it."""
         if self.table == "none":
             return {"use_sparsed": 0, **self._kept}
-        if self.table != "recorded" or self.shared or not self.isolated or self.query_block_size:
+        if self.table != "recorded" or self.shared or not self.isolated:
             return None
-        own = {} if self.block_size is None else {"sparsed_block_size": self.block_size}
+        sizes = {
+            "sparsed_block_size": self.block_size,
+            "sparsed_query_block_size": self.query_block_size,
+        }
+        own: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         own |= {"sparsed_select": self.select, "sparsed_skip": self.skip}
         own |= {} if self.mass is None else {"sparsed_mass": self.mass}
         own |= {} if self.refresh is None else {"sparsed_refresh": self.refresh}

@@ -57,13 +57,14 @@ def listing(llm: Any, whose: str) -> Iterator[None]:
 class ChosenTokens:
     """The chosen tokens of the step that runs.
 
-    blocks {sequence: int64 [n]}: whose lists they follow;  sizes: the tables' block sizes
+    blocks {sequence: int64 [n]}: whose lists they follow
+    sizes: tokens of the tables' query blocks and key blocks
     """
 
     def __init__(self, whose: str) -> None:
         self.whose = whose
         self.blocks: dict[int, Tensor] = {}
-        self.sizes: dict[int, int] = {}
+        self.sizes: dict[int, tuple[int, int]] = {}
 
     def noting(self, choose: Any) -> Any:
         def noted(
@@ -86,9 +87,10 @@ class ChosenTokens:
         places = light.places[len(light.places) - sum(counts) :].split(counts)
         for i, (plan, own) in enumerate(zip(plans, places, strict=True)):
             if plan.sparsity is not None:
-                size = self.sizes[i] = plan.sparsity.block_size
-                canvas = torch.full_like(own, plan.prompt_len // size)
-                self.blocks[i] = canvas if self.whose == "canvas" else own // size
+                tile = plan.sparsity.tile
+                self.sizes[i] = tile, plan.sparsity.block_size
+                canvas = torch.full_like(own, plan.prompt_len // tile)
+                self.blocks[i] = canvas if self.whose == "canvas" else own // tile
 
     def apart(self, members: Any) -> Any:
         """In a launch of their own."""
@@ -118,10 +120,10 @@ class ChosenTokens:
         return attended
 
     def _attend(self, impl: SparsedImpl, step: LayerStep, sequence: Placement) -> None:
-        seq, rows, size = sequence.page_row, sequence.queries, self.sizes[sequence.page_row]
+        seq, rows, sizes = sequence.page_row, sequence.queries, self.sizes[sequence.page_row]
         pages = step.metadata.pages[seq, : -(-sequence.key_len // PAGE)].long()
-        tables = impl.tables_of(step.cache, step.metadata.pages, size)
-        seen = _seen(tables, pages, self.blocks[seq], size)[..., : sequence.key_len]
+        tables = impl.tables_of(step.cache, step.metadata.pages, sizes[0])
+        seen = _seen(tables, pages, self.blocks[seq], *sizes)[..., : sequence.key_len]
         halves = impl.pages.keys(step.cache), impl.pages.values(step.cache)
         group = impl.num_heads // impl.num_kv_heads
         k, v = (
@@ -133,9 +135,12 @@ class ChosenTokens:
         step.out[rows] = torch.einsum("nhm,mhd->nhd", weights, v).to(step.out.dtype)
 
 
-def _seen(tables: BlockTables, pages: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """Keys that query blocks list; blocks int64 [n] -> bool [n, num_heads, keys of the pages]"""
-    own, rows = pages[blocks * size // PAGE], blocks % (PAGE // size)
+def _seen(tables: BlockTables, pages: Tensor, blocks: Tensor, tile: int, size: int) -> Tensor:
+    """Keys that query blocks list; blocks int64 [n] -> bool [n, num_heads, keys of the pages]
+
+    tile, size: tokens of a query block and of a key block
+    """
+    own, rows = pages[blocks * tile // PAGE], blocks % (PAGE // tile)
     kept, count = tables.kept[own, rows].long(), tables.num_kept[own, rows].long()
     num_blocks = len(pages) * (PAGE // size)
     listed = torch.arange(kept.shape[-1], device=kept.device) < count[..., None]

@@ -137,6 +137,7 @@ STALE = [
     ("llada", {"steps": 16, "kv_share": 0.1, **SPARSE}),
     ("llada", {"steps": 16, "block_length": 8, "kv_share": 0.1, "kv_refresh": 4, **SPARSE}),
     ("llada", {"steps": 16, "kv_share": 0.02, **SPARSE, "sparsed_block_size": 64}),
+    ("llada", {"steps": 16, "kv_share": 0.1, **SPARSE, "sparsed_query_block_size": 64}),
     ("llada", {"steps": 16, "kv_share": 0.1, "kv_refresh": 4, **SPARSE, "sparsed_refresh": 4}),
     ("llada", {"threshold": 0.2, "block_length": 8, "kv_share": 0.02, **SPARSE, **AGAIN}),
     ("dream", {"steps": 16, "alg": "entropy", "kv_share": 0}),

@@ -30,6 +30,7 @@ LLADA_CASES = [
     {"max_tokens": 32, "steps": 12, "sparsed_block_size": 16, "sparsed_mass": 0.6},
     {"max_tokens": 32, "steps": 8, "block_length": 8, **BOUNDED, "sparsed_block_size": 32},
     {"max_tokens": 32, "steps": 16, "sparsed_block_size": 16, "sparsed_refresh": 4},
+    {"max_tokens": 32, "steps": 16, "sparsed_block_size": 16, "sparsed_query_block_size": 128},
     {"max_tokens": 32, "threshold": 0.05, "sparsed_block_size": 16, "sparsed_refresh": 3},
 ]
 DREAM_CASES = [
@@ -298,6 +299,8 @@ def test_a_table_that_outgrows_its_memory_is_refused(llada_path):
     for whole in ({"sparsed_select": 1}, {"sparsed_mass": 0.5}):
         with pytest.raises(ValueError, match=r"sparsed_block_size .* raise sparsed\.table_ids"):
             generate(small, prompts(), {**extra, **whole})
+    tall = {**extra, "sparsed_select": 1, "sparsed_query_block_size": 128}
+    assert len(generate(small, prompts(), tall)) == len(LENGTHS)
     extra |= {"sparsed_mass": 0.5, "sparsed_block_size": 128}
     assert len(generate(small, prompts(), extra)) == len(LENGTHS)
 

@@ -45,16 +45,18 @@ def state_of(llm: LLM) -> DenoisingModelState:
     return executor.driver_worker.worker.model_runner.model_state
 
 
-def masks_of(llm: LLM, length: int, block_size: int) -> Tensor:
+def masks_of(llm: LLM, length: int, block_size: int, query_block_size: int | None = None) -> Tensor:
     """The blocks that the table lists of the only request, or of the first in the last step.
 
-    bool [num_layers, num_heads, num_blocks, num_blocks], on the CPU, as the oracle has them.
+    query_block_size: None: block_size
+    bool [num_layers, num_heads, query blocks, key blocks], on the CPU, as the oracle has them.
     """
-    state, blocks = state_of(llm), -(-length // block_size)
+    tile = query_block_size or block_size
+    state, rows, blocks = state_of(llm), -(-length // tile), -(-length // block_size)
     masks = []
     for layer in state.vllm_config.compilation_config.static_forward_context.values():
-        tables = layer.impl.tables_of(layer.kv_cache, state._pages, block_size)
-        kept, num_kept = (x.transpose(0, 1).cpu() for x in rows_of(tables, 0, blocks))
+        tables = layer.impl.tables_of(layer.kv_cache, state._pages, tile)
+        kept, num_kept = (x.transpose(0, 1).cpu() for x in rows_of(tables, 0, rows))
         counts = torch.arange(kept.shape[-1]) < num_kept[..., None]
         mask = torch.zeros(*kept.shape[:2], blocks + 1, dtype=torch.bool)
         masks.append(mask.scatter_(-1, kept.long().where(counts, blocks), True)[..., :blocks])

@@ -139,7 +139,7 @@ class ReusingNetwork:
             return 0, []
         first = self.outline.first_place(step - 1) - self.outline.shift
         if self.sparsity is not None:
-            first = first // self.sparsity.block_size * self.sparsity.block_size
+            first -= first % self.sparsity.sizes[0]
         count = math.ceil(reuse.share * first)
         if count == 0 or step % reuse.every:
             return first, []
@@ -172,7 +172,7 @@ class ReusingNetwork:
         if not self.masks:
             return scores
         assert self.sparsity is not None
-        seen = over_places(self.masks[index], self.sparsity.block_size, scores.shape[-1]).clone()
+        seen = over_places(self.masks[index], self.sparsity.sizes, scores.shape[-1]).clone()
         seen[:, dense] = True
         return scores.masked_fill(~seen, -math.inf)
 

@@ -8,7 +8,8 @@ differences:
   LLaDA's scores are divided by sqrt(head_dim) as in its attention, not by sqrt(num_heads), unless
     published_scale is set;
   scores are float64, and of equal scores the lower block wins;
-  a selection of more blocks than there are takes all of them, where theirs raises.
+  a selection of more blocks than there are takes all of them, where theirs raises;
+  query blocks may have more tokens than key blocks.
 """
 
 import math
@@ -26,6 +27,7 @@ class Sparsity:
     skip: float = 0.2
     select: float | None = None  # None: 0.3, or with a mass all
     block_size: int = 32
+    query_block_size: int | None = None  # rows that share a list; None: block_size
     refresh: int | None = None  # record again every so many steps; None: never
     mass: float | None = None  # of what `select` keeps, that which holds so much; None: all
     total_steps: int | None = None  # T of the paper; None: the steps of the request
@@ -39,6 +41,11 @@ class Sparsity:
     def records_at(self, step: int) -> bool:
         since = step - self.recording_step
         return since == 0 or (self.refresh is not None and since > 0 and since % self.refresh == 0)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a query block and of a key block."""
+        return self.query_block_size or self.block_size, self.block_size
 
     def num_blocks(self, length: int) -> int:
         return math.ceil(length / self.block_size)
@@ -68,9 +75,9 @@ class SparseRun(Run):
 class SparseNetwork:
     """The LogitsFn of one request: call number s is its step s, over all blocks of the canvas.
 
-    masks: None, after a recording step bool [num_layers, num_heads, num_blocks, num_blocks],
+    masks: None, after a recording step bool [num_layers, num_heads, query blocks, key blocks],
       which key blocks (last) each query block of each query head keeps
-    leads: None, then float64 [num_layers, num_heads, num_blocks], by how little a query block's
+    leads: None, then float64 [num_layers, num_heads, query blocks], by how little a query block's
       closest choice in any of them was taken: ln(kept / dropped) of the scores, inf where nothing
       was dropped
     """
@@ -110,7 +117,7 @@ class SparseNetwork:
         if self.masks is None:
             return self.net.attention(layer, x)
         q, k, v = self.net.heads(layer, x)
-        seen = over_places(self.masks[index], self.sparsity.block_size, len(x))
+        seen = over_places(self.masks[index], self.sparsity.sizes, len(x))
         logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
         return linear((logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1), *layer.o)
 
@@ -130,8 +137,8 @@ def select_blocks(
     size, first_gen = sparsity.block_size, sparsity.first_generation_block(q.shape[1], gen_length)
     if sparsity.published_scale:
         q = q * math.sqrt(q.shape[2] / q.shape[0])
-    scores = block_scores(q, k, size)  # [num_heads, num_blocks, num_blocks]
-    gen_scores = block_scores(q, k[:, first_gen * size :], size)  # [.., num_blocks - first_gen]
+    scores = block_scores(q, k, sparsity.sizes)  # [num_heads, query blocks, num_blocks]
+    gen_scores = block_scores(q, k[:, first_gen * size :], sparsity.sizes)  # [.., first_gen on]
     mask = best_blocks(scores, sparsity.num_kept(scores.shape[-1]))
     gen_mask = best_blocks(gen_scores, sparsity.num_kept(gen_scores.shape[-1]))
     leads = torch.minimum(
@@ -148,16 +155,16 @@ def select_blocks(
     return kept, leads
 
 
-def block_scores(q: Tensor, k: Tensor, block_size: int) -> Tensor:
-    """Means of softmax(q k / sqrt(head_dim)) over blocks of block_size x block_size places.
+def block_scores(q: Tensor, k: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Means of softmax(q k / sqrt(head_dim)) over blocks of so many rows by so many keys.
 
     q [num_heads, L, head_dim]; k [num_heads, keys, head_dim]
     Returns float64 [num_heads, query blocks, key blocks]. Places past the end count as 0.
     """
     weights = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
-    rows, keys = (-n % block_size for n in weights.shape[1:])
+    rows, keys = (-n % size for n, size in zip(weights.shape[1:], sizes, strict=True))
     padded = pad(weights, (0, keys, 0, rows))
-    return padded.unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size)).mean(dim=(2, 4))
+    return padded.unflatten(2, (-1, sizes[1])).unflatten(1, (-1, sizes[0])).mean(dim=(2, 4))
 
 
 def best_blocks(scores: Tensor, count: int) -> Tensor:
@@ -195,10 +202,10 @@ def closest_leads(scores: Tensor, mask: Tensor, stop: int) -> Tensor:
     )
 
 
-def over_places(mask: Tensor, block_size: int, length: int) -> Tensor:
+def over_places(mask: Tensor, sizes: tuple[int, int], length: int) -> Tensor:
     """mask [..., query blocks, key blocks] -> [..., length, length]"""
-    for dim in (-2, -1):
-        mask = mask.repeat_interleave(block_size, dim=dim)
+    for dim, size in zip((-2, -1), sizes, strict=True):
+        mask = mask.repeat_interleave(size, dim=dim)
     return mask[..., :length, :length]
 
 

@@ -76,6 +76,13 @@ def test_every_tile_equals_float64_within_rounding(tile, name):
     check(name, make(windows=windows, tile=tile, dtype=torch.bfloat16), heads_first=True)
 
 
+@pytest.mark.parametrize(("tile", "block_size"), [(64, 16), (128, 32)])
+def test_lists_of_more_rows_than_a_key_block_has_equal_float64(tile, block_size):
+    windows = [(0, 1), (0, 127), (128, 129), (1152, 1300), (0, 30), (0, 256)]
+    sizes = {"query_block_size": tile, "dtype": torch.bfloat16}
+    check(SPARSE, make(windows=windows, tile=block_size, **sizes))
+
+
 @BOTH
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_every_head_size_equals_float64_within_rounding(head_dim, name):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from attention.timing import spread
 from budget import Budget, note
-from generation.dummies import MODELS, print_line, start
+from generation.dummies import MODELS, SELECT, print_line, start
 from generation.machine import forget_peak
 from generation.shares import profile_phases
 from generation.steps import Load, medians, project, time_phases, time_whole
@@ -80,7 +80,8 @@ def loads(args: argparse.Namespace) -> list[Load]:
     """What is measured, short requests first; what cannot be is named."""
     found = []
     for length, new_tokens, batch in product(sorted(args.lengths), args.new_tokens, args.batch):
-        load = Load(length, new_tokens, batch, args.block_size)
+        of_tables = (args.block_size, args.query_block_size, args.select)
+        load = Load(length, new_tokens, batch, *of_tables)
         if new_tokens >= length:
             note(f"left out: {new_tokens} new tokens leave no prompt in {length}")
         elif load.tokens > args.tokens:
@@ -102,6 +103,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[1], help="requests at once, where they fit")
     add("--tokens", type=int, help="tokens at once; by default those of the longest request")
     add("--block-size", type=int, default=128)
+    add("--query-block-size", type=int, help="where query blocks are larger than key blocks")
+    add("--select", type=float, default=SELECT)
     add("--layers", type=int, help="fewer than the model has")
     add("--compiled", action="store_true", help="torch.compile and CUDA graphs, as vLLM has them")
     add("--whole", action="store_true", help="run each generation to its end as well")

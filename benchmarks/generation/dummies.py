@@ -94,15 +94,19 @@ def cache_bytes(shape: Shape, tokens: int, batch: int) -> int:
 
 
 def request(
-    length: int, new_tokens: int, steps: int, *, sparse: bool, block_size: int = 128
+    length: int, new_tokens: int, steps: int, *, sparse: bool, **own: Any
 ) -> tuple[dict[str, list[int]], SamplingParams]:
-    """A prompt that fills `length` together with its canvas, and how it is denoised."""
+    """A prompt that fills `length` together with its canvas, and how it is denoised.
+
+    own: what it has of SparseD's settings that is not the paper's
+    """
     extra: dict[str, Any] = {"steps": steps, "use_sparsed": int(sparse)}
     if sparse:
         extra |= {
             "sparsed_skip": SKIP,
             "sparsed_select": SELECT,
-            "sparsed_block_size": block_size,
+            "sparsed_block_size": 128,
+            **own,
         }
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, extra_args=extra

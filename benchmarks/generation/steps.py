@@ -24,12 +24,17 @@ Phases = dict[str, list[float]]  # seconds of each step, by phase
 
 @dataclass(frozen=True)
 class Load:
-    """Equal requests that run at once.  length: tokens of prompt and canvas together"""
+    """Equal requests that run at once.  length: tokens of prompt and canvas together
+
+    block_size, query_block_size, select: SparseD's
+    """
 
     length: int
     new_tokens: int
     batch: int = 1
     block_size: int = 128
+    query_block_size: int | None = None
+    select: float = SELECT
 
     @property
     def tokens(self) -> int:
@@ -42,10 +47,19 @@ class Load:
             "tokens": self.length,
             "new_tokens": self.new_tokens,
             "batch": self.batch,
-            "select": SELECT,
+            "select": self.select,
             "skip": SKIP,
             "block_size": self.block_size,
+            **({"query_block_size": self.query_block_size} if self.query_block_size else {}),
         }
+
+    @property
+    def sparsity(self) -> dict[str, Any]:
+        """As a request's parameters."""
+        own = {"sparsed_block_size": self.block_size, "sparsed_select": self.select}
+        if self.query_block_size:
+            own["sparsed_query_block_size"] = self.query_block_size
+        return own
 
     @property
     def work(self) -> float:
@@ -59,9 +73,8 @@ class Load:
 
     def add(self, llm: LLM, steps: int, *, sparse: bool) -> None:
         for number in range(self.batch):
-            prompt, params = request(
-                self.length, self.new_tokens, steps, sparse=sparse, block_size=self.block_size
-            )
+            sizes = (self.length, self.new_tokens, steps)
+            prompt, params = request(*sizes, sparse=sparse, **self.sparsity)
             llm.llm_engine.add_request(str(number), prompt, params)
 
 

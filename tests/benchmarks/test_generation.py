@@ -75,6 +75,23 @@ def test_short_loads_have_more_steps():
     assert Load(1024, 128, 16).short == 12 and Load(65536, 128).short == 7
 
 
+def test_tables_of_a_load_are_as_asked():
+    args = [
+        "--lengths",
+        "1024",
+        "--block-size",
+        "32",
+        "--query-block-size",
+        "128",
+        "--select",
+        "0.1",
+    ]
+    (load,) = bench_generate.loads(bench_generate.parse(args))
+    sizes = {"sparsed_block_size": 32, "sparsed_query_block_size": 128}
+    assert load.sparsity == {**sizes, "sparsed_select": 0.1}
+    assert load.sizes["query_block_size"] == 128 and "query_block_size" not in Load(9, 1).sizes
+
+
 def test_what_does_not_fit_is_left_out_by_name(capsys):
     args = bench_generate.parse(
         ["--lengths", "4096", "1024", "--new-tokens", "128", "1024", "--batch", "1", "4"]

@@ -186,20 +186,25 @@ def test_dense_logits_in_bf16_are_as_exact_as_bf16_allows(wide, networks, seen, 
     assert {type(call.queries) for call in flash_calls} == {slice, Tensor}
 
 
+TALL = {"sparsed_block_size": 32, "sparsed_query_block_size": 128}
+
+
+@pytest.mark.parametrize("blocks", [{}, TALL], ids=["square", "tall"])
 @pytest.mark.parametrize("prompt_len", [600, 737])
 def test_sparse_logits_in_bf16_are_as_exact_as_bf16_allows(
-    wide, networks, seen, kernels, prompt_len
+    wide, networks, seen, kernels, prompt_len, blocks
 ):
     length = prompt_len + CANVAS
-    wide.llm_engine.add_request("0", *request_of(prompt_len, SPARSE))
+    block_size = blocks.get("sparsed_block_size", 128)
+    wide.llm_engine.add_request("0", *request_of(prompt_len, {**SPARSE, **blocks}))
     while wide.llm_engine.has_unfinished_requests():
         wide.llm_engine.step()
         if seen[length][-1].phase is Phase.RECORDING:
-            masks = masks_of(wide, length, 128)
+            masks = masks_of(wide, length, block_size, 128)
     assert not masks.all()
     steps = [step for step in seen[length] if step.phase is Phase.SPARSE]
     assert len(steps) == 5
-    exact, twin = (with_table(network, masks, prompt_len) for network in networks)
+    exact, twin = (with_table(net, masks, prompt_len, block_size) for net in networks)
     for step in steps:
         assert is_as_exact_as_bf16(step, exact, twin)
         assert not is_as_exact_as_bf16(step, *networks), "a dense step would pass for it"
@@ -207,9 +212,10 @@ def test_sparse_logits_in_bf16_are_as_exact_as_bf16_allows(
     assert kernels == (expected if IS_HOPPER else {"block_sparse_attention", "block_scores"})
 
 
-def with_table(network, masks, prompt_len):
+def with_table(network, masks, prompt_len, block_size):
     """The network in its sparse steps, with the table that the engine recorded."""
-    sparsity = Sparsity(block_size=128, total_steps=SPARSE["steps"])
+    sizes = {"block_size": block_size, "query_block_size": 128}
+    sparsity = Sparsity(**sizes, total_steps=SPARSE["steps"])
     sparse = SparseNetwork(network, sparsity, prompt_len, CANVAS)
     sparse.masks, sparse.step = masks, math.inf
     return sparse
@@ -299,6 +305,7 @@ def requests_of_all_kinds():
         {"steps": 8, "remasking": "random"},
         SPARSE,
         {**SPARSE, "sparsed_block_size": 32, "sparsed_skip": 0},
+        {**SPARSE, **TALL},
         {**SPARSE, "sparsed_skip": 0.5, "threshold": 0.05},
     ]
     samplings = [

@@ -3,6 +3,7 @@
 """Whole generations, dense and sparse in one run, on the shapes of the real checkpoints.
 
     python benchmarks/bench_generate.py --lengths 16384 65536 --profile >> generate.jsonl
+    python benchmarks/bench_generate.py --lengths 65536 --tables 128x128:0.3:0.2 128x32:0.1:0.2
 
 A generation of T steps is some dense steps, one that records and many sparse ones, and all of a
 phase cost the same. So a short request is timed step by step, which gives a line for each phase,
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 from attention.timing import spread
 from budget import Budget, note
-from generation.dummies import MODELS, SELECT, print_line, start
+from generation.dummies import MODELS, print_line, start
 from generation.machine import forget_peak
 from generation.shares import profile_phases
-from generation.steps import Load, medians, project, time_phases, time_whole
+from generation.steps import Load, Tables, medians, project, time_phases, time_whole
 
 MODES = ("dense", "sparse")
 
@@ -67,7 +68,7 @@ class Bench:
 
     def generation(self, load: Load, mode: str, steps: int, phases: dict[str, float]) -> None:
         sparse = mode == "sparse"
-        totals = [(project(phases, steps, sparse=sparse), True)]
+        totals = [(project(phases, steps, load.tables.skip if sparse else None), True)]
         if self.args.whole:
             totals.append((time_whole(self.llm, load, steps, sparse=sparse), False))
         for total, projected in totals:
@@ -79,9 +80,9 @@ class Bench:
 def loads(args: argparse.Namespace) -> list[Load]:
     """What is measured, short requests first; what cannot be is named."""
     found = []
-    for length, new_tokens, batch in product(sorted(args.lengths), args.new_tokens, args.batch):
-        of_tables = (args.block_size, args.query_block_size, args.select)
-        load = Load(length, new_tokens, batch, *of_tables)
+    sizes = (sorted(args.lengths), args.new_tokens, args.batch, args.tables)
+    for length, new_tokens, batch, tables in product(*sizes):
+        load = Load(length, new_tokens, batch, tables)
         if new_tokens >= length:
             note(f"left out: {new_tokens} new tokens leave no prompt in {length}")
         elif load.tokens > args.tokens:
@@ -102,9 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[128, 1024], help="T of a generation")
     add("--batch", type=int, nargs="+", default=[1], help="requests at once, where they fit")
     add("--tokens", type=int, help="tokens at once; by default those of the longest request")
-    add("--block-size", type=int, default=128)
-    add("--query-block-size", type=int, help="where query blocks are larger than key blocks")
-    add("--select", type=float, default=SELECT)
+    add("--tables", type=Tables.of, nargs="+", default=[Tables()], help="QUERIESxKEYS:SELECT:SKIP")
     add("--layers", type=int, help="fewer than the model has")
     add("--compiled", action="store_true", help="torch.compile and CUDA graphs, as vLLM has them")
     add("--whole", action="store_true", help="run each generation to its end as well")

@@ -5,7 +5,7 @@
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm import LLM
@@ -23,18 +23,38 @@ Phases = dict[str, list[float]]  # seconds of each step, by phase
 
 
 @dataclass(frozen=True)
-class Load:
-    """Equal requests that run at once.  length: tokens of prompt and canvas together
+class Tables:
+    """SparseD's settings; the paper's, with the blocks that this engine has by default.
 
-    block_size, query_block_size, select: SparseD's
+    query_block_size: tokens of the query blocks;  block_size: of the key blocks
     """
+
+    query_block_size: int = 128
+    block_size: int = 128
+    select: float = SELECT
+    skip: float = SKIP
+
+    @classmethod
+    def of(cls, text: str) -> "Tables":
+        """From QUERIESxKEYS:SELECT:SKIP, such as 128x32:0.1:0.2. Raises ValueError."""
+        sizes, select, skip = text.split(":")
+        queries, keys = map(int, sizes.split("x"))
+        return cls(queries, keys, float(select), float(skip))
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """As a request has them."""
+        return {f"sparsed_{name}": value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Equal requests that run at once.  length: tokens of prompt and canvas together"""
 
     length: int
     new_tokens: int
     batch: int = 1
-    block_size: int = 128
-    query_block_size: int | None = None
-    select: float = SELECT
+    tables: Tables = Tables()
 
     @property
     def tokens(self) -> int:
@@ -47,19 +67,8 @@ class Load:
             "tokens": self.length,
             "new_tokens": self.new_tokens,
             "batch": self.batch,
-            "select": self.select,
-            "skip": SKIP,
-            "block_size": self.block_size,
-            **({"query_block_size": self.query_block_size} if self.query_block_size else {}),
+            **asdict(self.tables),
         }
-
-    @property
-    def sparsity(self) -> dict[str, Any]:
-        """As a request's parameters."""
-        own = {"sparsed_block_size": self.block_size, "sparsed_select": self.select}
-        if self.query_block_size:
-            own["sparsed_query_block_size"] = self.query_block_size
-        return own
 
     @property
     def work(self) -> float:
@@ -74,7 +83,7 @@ class Load:
     def add(self, llm: LLM, steps: int, *, sparse: bool) -> None:
         for number in range(self.batch):
             sizes = (self.length, self.new_tokens, steps)
-            prompt, params = request(*sizes, sparse=sparse, **self.sparsity)
+            prompt, params = request(*sizes, sparse=sparse, **self.tables.extra_args)
             llm.llm_engine.add_request(str(number), prompt, params)
 
 
@@ -83,7 +92,8 @@ def time_phases(llm: LLM, load: Load) -> Phases:
     load.add(llm, load.short, sparse=True)
     seconds: Phases = defaultdict(list)
     for step in range(load.short):
-        seconds[phase_of(step, load.short, SKIP).value].append(time_step(llm))
+        phase = phase_of(step, load.short, load.tables.skip)
+        seconds[phase.value].append(time_step(llm))
     assert not llm.llm_engine.has_unfinished_requests()
     return dict(seconds)
 
@@ -103,11 +113,11 @@ def time_whole(llm: LLM, load: Load, steps: int, *, sparse: bool) -> float:
     return time.perf_counter() - begin
 
 
-def project(seconds: dict[str, float], steps: int, *, sparse: bool) -> float:
-    """Seconds of a generation, from what a step of each phase takes."""
-    if not sparse:
+def project(seconds: dict[str, float], steps: int, skip: float | None) -> float:
+    """Seconds of a generation, from what a step of each phase takes.  skip: None: all are dense"""
+    if skip is None:
         return steps * seconds["dense"]
-    return sum(seconds[phase_of(step, steps, SKIP).value] for step in range(steps))
+    return sum(seconds[phase_of(step, steps, skip).value] for step in range(steps))
 
 
 def medians(seconds: Phases) -> dict[str, float]:

@@ -3,7 +3,8 @@
 """The ways to attend that are compared, by name.
 
 Beside those listed, sparsed-SHARE, sparsed-SHARE-blocks-SIZE and, for query blocks of more tokens
-than key blocks have, sparsed-SHARE-blocks-SIZE-rows-ROWS name any setting of SparseD.
+than key blocks have, sparsed-SHARE-blocks-SIZE-rows-ROWS name any setting of SparseD; behind each,
+-skip-SKIP the share of the steps before the table is recorded.
 """
 
 import re
@@ -116,30 +117,35 @@ METHODS = {
 }
 
 
+_SPARSED = r"sparsed-(0\.\d+|1)(?:-blocks-(\d+)(?:-rows-(\d+))?)?(?:-skip-(0(?:\.\d+)?))?"
+
+
 def method_of(name: str) -> Method:
     """The method of a name. Raises ValueError, which says what names there are."""
     if name in METHODS:
         return METHODS[name]
-    if match := re.fullmatch(r"sparsed-(0\.\d+|1)(?:-blocks-(\d+)(?:-rows-(\d+))?)?", name):
-        share, size, rows = (part and float(part) for part in match.groups())
+    if match := re.fullmatch(_SPARSED, name):
+        share, size, rows, _ = (part and float(part) for part in match.groups())
         are_known = all(x is None or x in BLOCK_SIZES for x in (size, rows))
         if share and are_known and (rows is None or rows % size == 0):
             return _sparsed(name, *match.groups())
     raise ValueError(
         f"--methods must be of {', '.join(METHODS)}, sparsed-SHARE, sparsed-SHARE-blocks-SIZE or "
-        f"sparsed-SHARE-blocks-SIZE-rows-ROWS, shares over 0 to 1, rows a multiple of the size, "
-        f"sizes {', '.join(map(str, BLOCK_SIZES))}, got {name}."
+        f"sparsed-SHARE-blocks-SIZE-rows-ROWS, -skip-SKIP behind any, shares over 0 to 1, rows a "
+        f"multiple of the size, sizes {', '.join(map(str, BLOCK_SIZES))}, got {name}."
     )
 
 
-def _sparsed(name: str, share: str, size: str | None, rows: str | None) -> Method:
+def _sparsed(name: str, share: str, size: str | None, rows: str | None, skip: str | None) -> Method:
     label = f"SparseD, select {share}"
     label += f", blocks of {size}" if rows is None and size else ""
     label += f", blocks of {rows} queries by {size} keys" if rows else ""
+    label += f", skip {skip}" if skip else ""
     return Method(
         name,
         label,
         select=float(share),
+        skip=0.2 if skip is None else float(skip),
         block_size=None if size is None else int(size),
         query_block_size=None if rows is None else int(rows),
     )

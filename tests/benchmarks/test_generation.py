@@ -19,8 +19,8 @@ STEPS = {"dense": 4.0, "recording": 7.0, "sparse": 2.0}
 
 
 def test_a_generation_is_the_sum_of_its_steps():
-    assert project(STEPS, 128, sparse=False) == 128 * 4
-    assert project(STEPS, 128, sparse=True) == 26 * 4 + 7 + 101 * 2  # int(128 * 0.2) + 1 and one
+    assert project(STEPS, 128, None) == 128 * 4
+    assert project(STEPS, 128, 0.2) == 26 * 4 + 7 + 101 * 2  # int(128 * 0.2) + 1 and one
 
 
 def event(cat, name, ts, dur, correlation=None):
@@ -75,21 +75,18 @@ def test_short_loads_have_more_steps():
     assert Load(1024, 128, 16).short == 12 and Load(65536, 128).short == 7
 
 
-def test_tables_of_a_load_are_as_asked():
-    args = [
-        "--lengths",
-        "1024",
-        "--block-size",
-        "32",
-        "--query-block-size",
-        "128",
-        "--select",
-        "0.1",
-    ]
-    (load,) = bench_generate.loads(bench_generate.parse(args))
-    sizes = {"sparsed_block_size": 32, "sparsed_query_block_size": 128}
-    assert load.sparsity == {**sizes, "sparsed_select": 0.1}
-    assert load.sizes["query_block_size"] == 128 and "query_block_size" not in Load(9, 1).sizes
+def test_tables_of_loads_are_as_asked():
+    args = ["--lengths", "1024", "--tables", "128x32:0.1:0.25", "64x64:0.3:0.2"]
+    first, second = bench_generate.loads(bench_generate.parse(args))
+    assert first.tables.extra_args == {
+        "sparsed_query_block_size": 128,
+        "sparsed_block_size": 32,
+        "sparsed_select": 0.1,
+        "sparsed_skip": 0.25,
+    }
+    assert second.sizes["block_size"] == second.sizes["query_block_size"] == 64
+    with pytest.raises(SystemExit):
+        bench_generate.parse(["--tables", "128:0.3"])
 
 
 def test_what_does_not_fit_is_left_out_by_name(capsys):

@@ -220,6 +220,9 @@ def test_any_share_and_block_size_is_a_method_by_its_name():
     assert (finer.select, finer.block_size, finer.query_block_size) == (0.1, 32, 128)
     sizes = {"sparsed_block_size": 32, "sparsed_query_block_size": 128}
     assert finer.request.items() >= sizes.items()
+    early = method_of("sparsed-0.1-blocks-32-rows-128-skip-0.1")
+    assert early.request == {**finer.request, "sparsed_skip": 0.1}
+    assert method_of("sparsed-0.5-skip-0").skip == 0
 
 
 def test_query_blocks_may_have_more_rows_than_key_blocks():

@@ -137,11 +137,8 @@ class RequestReader:
     def _check_table(self, sparsity: Sparsity, length: int) -> None:
         """A request's rows of ids must fit those that its pages have."""
         assert self.sparse_config is not None
-        ids, tile = (
-            most_kept(num_blocks(length, sparsity.block_size), sparsity.select),
-            sparsity.tile,
-        )
-        limit = self.sparse_config.table_ids
+        ids = most_kept(num_blocks(length, sparsity.block_size), sparsity.select)
+        limit, tile = self.sparse_config.table_ids, sparsity.tile
         if ids > limit * tile - 1:  # one entry is the count
             raise BadRequest(
                 "sparsed_block_size",

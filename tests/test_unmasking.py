@@ -146,7 +146,7 @@ def chosen_of(confidences, requests, seed=0):
     canvases = Canvases(len(requests), max(map(len, confidences)), torch.device("cpu"))
     slots = range(len(requests))
     plans = [Plan(params, None, 1) for params in requests]
-    canvases.masked[list(slots)] = canvases._places < torch.tensor(
+    canvases.masked[list(slots)] = torch.arange(canvases.longest) < torch.tensor(
         [params.num_tokens for params in requests]
     ).unsqueeze(1)
     nowhere = CanvasPlaces(*np.zeros((4, len(requests)), np.int64))

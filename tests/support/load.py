@@ -35,6 +35,7 @@ STYLES = (
     {"remasking": "random"},
     {"early_stop": 0, "block_length": 3},
     {"use_sparsed": 1, "sparsed_block_size": 16},
+    {"use_sparsed": 1, "sparsed_block_size": 16, "sparsed_query_block_size": 64},
     {"kv_share": 0.05},
     {"kv_share": 0.1, "kv_every": 2, "block_length": 8},
     {"kv_share": 0.1, "kv_refresh": 4, "kv_choice": "both"},

@@ -4,6 +4,7 @@
 
     python benchmarks/bench_host.py --batch 64 --tokens 640
     python benchmarks/bench_host.py --batch 64 --heads 8    # as many launches, of shorter kernels
+    python benchmarks/bench_host.py --share 0.02            # light steps, captured if they may be
     python benchmarks/bench_host.py --queue-only
 
 `seconds` is the median over the steps of a phase of the time that this package's own functions
@@ -99,6 +100,8 @@ def submit(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None
     """Equal requests, for the engine's next steps."""
     for i in range(batch):
         prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
+        if args.share is not None:
+            params.extra_args["kv_share"] = args.share
         llm.llm_engine.add_request(str(i), prompt, params)
 
 
@@ -114,11 +117,17 @@ def time_steps(
             wait()
             watch.seconds = 0.0
             llm.llm_engine.step()
-            phase = phase_of(step, args.steps, SKIP).value if sparse else "dense"
-            seconds[phase].append(watch.seconds)
+            seconds[phase_at(step, args, sparse)].append(watch.seconds)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     return seconds
+
+
+def phase_at(step: int, args: argparse.Namespace, sparse: bool) -> str:
+    """What a step of the requests is; with reuse all but the first are light."""
+    if args.share is not None:
+        return "light" if step else "whole"
+    return phase_of(step, args.steps, SKIP).value if sparse else "dense"
 
 
 def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
@@ -127,9 +136,8 @@ def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) 
     submit(llm, args, batch, sparse)
     step = 0
     while llm.llm_engine.has_unfinished_requests():
-        phase = phase_of(step, args.steps, SKIP).value if sparse else "dense"
         wait()
-        with profiles[phase]:
+        with profiles[phase_at(step, args, sparse)]:
             llm.llm_engine.step()
         step += 1
     for phase, profile in profiles.items():
@@ -165,9 +173,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[1, 64])
     add("--layers", type=int, help="fewer than the model has")
     add("--heads", type=int, help="fewer than the model has, and layers as narrow")
+    add("--share", type=float, help="kv_share: requests reuse keys and values")
     add("--profile", action="store_true", help="also where the time of a step goes")
     add("--queue-only", action="store_true", help="time take_turns alone, without an engine")
     return parser.parse_args(argv)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's; one that reuses is compiled, as served, so that it captures light steps."""
+    if args.share is None:
+        return {}
+    return {"additional_config": {"reuse": {"by_default": 0}}, "enforce_eager": False}
+
+
+def report(
+    llm: Any, args: argparse.Namespace, batch: int, sparse: bool, line: dict[str, Any]
+) -> None:
+    """Print the median of each phase; line: what all lines say"""
+    names = ("model", "layers", "heads", "tokens", "share")
+    given = {name: getattr(args, name) for name in names} | {"batch": batch, "sparse": sparse}
+    time_steps(llm, args, batch, sparse)  # compiles kernels
+    for phase, seconds in time_steps(llm, args, batch, sparse).items():
+        found = {**line, **given, "phase": phase, "seconds": median(seconds)}
+        print(json.dumps(found), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,15 +207,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     most = max(args.batch)
     sizes = (args.tokens, args.tokens * most, most)
-    llm = start(args.model, args.layers, *sizes, num_heads=args.heads)
+    llm = start(args.model, args.layers, *sizes, num_heads=args.heads, **options_of(args))
     for batch in args.batch:
         for sparse in (False, True):
-            time_steps(llm, args, batch, sparse)  # compiles kernels
-            for phase, seconds in time_steps(llm, args, batch, sparse).items():
-                shape = {"model": args.model, "layers": args.layers, "heads": args.heads}
-                given = {"tokens": args.tokens, "batch": batch, "phase": phase, "sparse": sparse}
-                found = {**line, **shape, **given, "seconds": median(seconds)}
-                print(json.dumps(found), flush=True)
+            report(llm, args, batch, sparse, line)
             if args.profile:
                 profile_steps(llm, args, batch, sparse)
 

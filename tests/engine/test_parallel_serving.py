@@ -107,11 +107,16 @@ def test_a_bad_request_is_refused_and_the_next_one_served(client, expected):
 def test_a_killed_worker_ends_every_request_and_the_server(server):
     """The last test of this file: the server is gone afterwards."""
     process, client = server
+    of_server = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in of_server if "Worker" in " ".join(child.cmdline())]
+    assert len(workers) == 4
     streams = [  # long ones: none shall end before the workers are stopped
         client.completions.create(
             model="tiny",
             prompt=[token],
             max_tokens=500,
+            n=8,
+            temperature=1,
             stream=True,
             extra_body={"ignore_eos": True, "vllm_xargs": {"block_length": 4}},
         )
@@ -119,9 +124,6 @@ def test_a_killed_worker_ends_every_request_and_the_server(server):
     ]
     for stream in streams:
         next(iter(stream))
-    of_server = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in of_server if "Worker" in " ".join(child.cmdline())]
-    assert len(workers) == 4
     for worker in workers:
         worker.suspend()  # no stream shall end before the server notices
     workers[0].kill()

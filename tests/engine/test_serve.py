@@ -38,6 +38,7 @@ LIMITS = {
         "early_stop",
         "use_sparsed",
         "sparsed_block_size",
+        "sparsed_query_block_size",
         *REQUEST_FIELDS,
     ],
 }

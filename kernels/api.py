@@ -349,11 +349,7 @@ def _triton(name: str, module: str | None = None) -> Callable[..., Any]:
 
 @cache
 def _sparse_kernel(
-    device: torch.device,
-    dtype: torch.dtype,
-    tile: int,
-    head_dim: int,
-    aligned: bool,
+    device: torch.device, dtype: torch.dtype, tile: int, head_dim: int, aligned: bool
 ) -> Callable[..., Any]:
     """What attends over lists; chosen, and logged, once for each kind of tensors."""
     if device.type != "cuda":
@@ -368,11 +364,7 @@ def _sparse_kernel(
 
 @cache
 def _scores_kernel(
-    device: torch.device,
-    dtype: torch.dtype,
-    tile: int,
-    head_dim: int,
-    aligned: bool,
+    device: torch.device, dtype: torch.dtype, tile: int, head_dim: int, aligned: bool
 ) -> Callable[..., Any]:
     """What scores blocks, under the same conditions; _sparse_kernel logs them."""
     if device.type != "cuda":
@@ -382,11 +374,7 @@ def _scores_kernel(
 
 
 def _hopper_obstacle(
-    device: torch.device,
-    dtype: torch.dtype,
-    tile: int,
-    head_dim: int,
-    aligned: bool,
+    device: torch.device, dtype: torch.dtype, tile: int, head_dim: int, aligned: bool
 ) -> str | None:
     """Why the kernel for Hopper cannot run, if so."""
     capability = torch.cuda.get_device_capability(device)

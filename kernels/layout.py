@@ -98,8 +98,7 @@ class BatchLayout:
         **columns: ArrayLike,
     ) -> BatchLayout:
         """One layout, sent in one copy; `columns` as host_layout takes them."""
-        (layout,) = send_layouts([(tile, host_layout(tile, **columns))], device)
-        return replace(layout, key_block=key_block)
+        return send_layouts([(tile, key_block, host_layout(tile, **columns))], device)[0]
 
     def only(self, seq: int) -> BatchLayout:
         """The layout of one of the sequences."""
@@ -210,17 +209,17 @@ def host_layout(
 
 
 def send_layouts(
-    hosts: Sequence[tuple[int, NDArray[np.int32]]], device: torch.device | str
+    hosts: Sequence[tuple[int, int | None, NDArray[np.int32]]], device: torch.device | str
 ) -> list[BatchLayout]:
-    """Layouts of (tile, host_layout(...)) on the device, all in one copy."""
+    """Layouts of (tile, key_block, host_layout(...)) on the device, all in one copy."""
     if not hosts:
         return []
-    parts = send(np.concatenate([host.ravel() for _, host in hosts]), device).split(
-        [host.size for _, host in hosts]
+    parts = send(np.concatenate([host.ravel() for _, _, host in hosts]), device).split(
+        [host.size for _, _, host in hosts]
     )
     return [
-        BatchLayout(tile, host, part.view(NUM_COLUMNS, -1))
-        for (tile, host), part in zip(hosts, parts, strict=True)
+        BatchLayout(tile, host, part.view(NUM_COLUMNS, -1), key_block)
+        for (tile, key_block, host), part in zip(hosts, parts, strict=True)
     ]
 
 

@@ -21,6 +21,7 @@ from sparsed_vllm.models.registry import MODELS
 from sparsed_vllm.params import BadRequest, DenoisingParams, check_periods, parse_params, shown
 from sparsed_vllm.reuse import ReuseConfig, choose_reuse
 from sparsed_vllm.steps import Plan
+from sparsed_vllm.tables import room_of_rows
 
 BACKEND_NAME = "SPARSED"
 """Our attention backend, as vLLM's registry and `--attention-backend` know it."""
@@ -139,7 +140,7 @@ class RequestReader:
         assert self.sparse_config is not None
         ids = most_kept(num_blocks(length, sparsity.block_size), sparsity.select)
         limit, tile = self.sparse_config.table_ids, sparsity.tile
-        if ids > limit * tile - 1:  # one entry is the count
+        if ids > room_of_rows(limit, tile):
             raise BadRequest(
                 "sparsed_block_size",
                 sparsity.block_size,

@@ -146,7 +146,11 @@ def plan_launches(
     views = [_View.whole(starts, batch)]
     if windows is not None:
         views.append(views[0].narrowed(windows))
-    hosts = [(kind.tile, view.layout(kind, rows)) for view in views for kind, rows in kinds]
+    hosts = [
+        (kind.tile, kind.key_block, view.layout(kind, rows))
+        for view in views
+        for kind, rows in kinds
+    ]
     layouts = iter(send_layouts(hosts, pages.device))
     made = []
     for view in views:
@@ -250,7 +254,7 @@ def _launch(
     batch: DenoisingBatch | None,
     pages: Tensor,
 ) -> Launch:
-    packed, layout = None, replace(layout, key_block=kind.key_block)
+    packed = None
     if kind.is_packed:
         packed = PackedSequences.of(layout, pages if kind.source is Source.PAGES else None)
     launch = Launch(kind, layout, packed)
@@ -282,7 +286,7 @@ def _mass_rows(view: _View, reads: ReadRows, seqs: list[int], pages: Tensor) -> 
         key_lens=view.lengths[seqs],
         page_rows=seqs,
     )
-    (layout,) = send_layouts([(DENSE_ROWS, host)], pages.device)
+    (layout,) = send_layouts([(DENSE_ROWS, None, host)], pages.device)
     slots = send(np.array([reads.slots[i] for i in seqs]), pages.device)
     rows = reads.rows.batch_rows
     if view.shifts.any():

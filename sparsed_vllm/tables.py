@@ -16,6 +16,11 @@ from sparsed_vllm.kernels.layout import PAGE, BlockTables
 _ALIGNMENT = 16  # bytes
 
 
+def room_of_rows(ids_per_token: int, query_block_size: int) -> int:
+    """The most ids that a row of query blocks of this size has room for; one entry is its count."""
+    return ids_per_token * query_block_size - 1
+
+
 @dataclass(frozen=True)
 class TablePages:
     """How a layer's pages hold rows of tables: for each head a count, then the ids.
@@ -35,10 +40,6 @@ class TablePages:
         size = self.num_heads * self.ids_per_token * self.dtype.itemsize
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
-    def most_kept(self, query_block_size: int) -> int:
-        """The most ids that a row of query blocks of this size has room for."""
-        return self.ids_per_token * query_block_size - 1
-
     def of(self, cache: Tensor, query_block_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
         """BlockTables.kept and BlockTables.num_kept in a layer's cache, for query blocks so large.
 
@@ -47,12 +48,12 @@ class TablePages:
         """
         ids = cache.view(self.dtype)
         assert ids.shape[1:3] == (1, PAGE) and ids.stride()[2:] == (ids.shape[3], 1)
-        entries = self.ids_per_token * query_block_size
+        room = room_of_rows(self.ids_per_token, query_block_size)
         shape = (ids.shape[0], PAGE // query_block_size, self.num_heads)
         row = query_block_size * self.bytes_per_token // self.dtype.itemsize
-        strides = (ids.stride(0), row, entries)
+        strides = (ids.stride(0), row, room + 1)
         start = ids.storage_offset() + offset // self.dtype.itemsize
-        kept = ids.as_strided((*shape, entries - 1), (*strides, 1), start + 1)
+        kept = ids.as_strided((*shape, room), (*strides, 1), start + 1)
         return kept, ids.as_strided(shape, strides, start)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsed_vllm.kernels.layout import PAGE, BlockTables
-from sparsed_vllm.tables import TablePages, rows_of
+from sparsed_vllm.tables import TablePages, room_of_rows, rows_of
 
 
 def cache_of(tables, num_pages, dtype, gap=0):
@@ -25,7 +25,7 @@ def test_every_row_of_every_head_has_numbers_of_its_own(dtype, ids, block_size, 
     cache = cache_of(tables, 4, dtype, gap)
     kept, num_kept = tables.of(cache, block_size)
     assert kept.shape == (4, PAGE // block_size, 3, 2 * block_size - 1)
-    assert kept.shape[3] == tables.most_kept(block_size)
+    assert kept.shape[3] == room_of_rows(2, block_size)
     numbers = torch.arange(kept.numel() + num_kept.numel(), dtype=torch.int32)
     kept.copy_(numbers[: kept.numel()].view_as(kept))
     num_kept.copy_(numbers[kept.numel() :].view_as(num_kept))

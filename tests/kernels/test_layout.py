@@ -82,12 +82,12 @@ def test_a_window_begins_with_a_tile():
 
 def test_layouts_are_sent_together():
     hosts = [
-        (16, host_layout(16, **columns_of([17, 3]))),
-        (128, host_layout(128, **columns_of([]))),
+        (16, None, host_layout(16, **columns_of([17, 3]))),
+        (128, 32, host_layout(128, **columns_of([]))),
     ]
     sent = send_layouts(hosts, DEVICE)
-    for (tile, host), layout in zip(hosts, sent, strict=True):
-        assert layout.tile == tile
+    for (tile, key_block, host), layout in zip(hosts, sent, strict=True):
+        assert layout.tile == tile and layout.key_block == key_block
         assert np.array_equal(layout.columns.cpu().numpy(), host)
     assert send_layouts([], DEVICE) == []
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from attention.timing import spread
 from budget import Budget, note
-from generation.dummies import MODELS, print_line, start
+from generation.dummies import MODELS, PUBLISHED, Tables, print_line, start
 from generation.machine import forget_peak
 from generation.shares import profile_phases
-from generation.steps import Load, Tables, medians, project, time_phases, time_whole
+from generation.steps import Load, medians, project, time_phases, time_whole
 
 MODES = ("dense", "sparse")
 
@@ -103,7 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[128, 1024], help="T of a generation")
     add("--batch", type=int, nargs="+", default=[1], help="requests at once, where they fit")
     add("--tokens", type=int, help="tokens at once; by default those of the longest request")
-    add("--tables", type=Tables.of, nargs="+", default=[Tables()], help="QUERIESxKEYS:SELECT:SKIP")
+    add("--tables", type=Tables.of, nargs="+", default=[PUBLISHED], help="QUERIESxKEYS:SELECT:SKIP")
     add("--layers", type=int, help="fewer than the model has")
     add("--compiled", action="store_true", help="torch.compile and CUDA graphs, as vLLM has them")
     add("--whole", action="store_true", help="run each generation to its end as well")

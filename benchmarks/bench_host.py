@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from generation.dummies import MODELS, SKIP, request, start, versions
+from generation.dummies import MODELS, PUBLISHED, SKIP, request, start, versions
 from generation.machine import wait
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -99,7 +99,8 @@ def measuring(watch: Stopwatch) -> Iterator[None]:
 def submit(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
     """Equal requests, for the engine's next steps."""
     for i in range(batch):
-        prompt, params = request(args.tokens, args.new_tokens, args.steps, sparse=sparse)
+        tables = PUBLISHED if sparse else None
+        prompt, params = request(args.tokens, args.new_tokens, args.steps, tables)
         if args.share is not None:
             params.extra_args["kv_share"] = args.share
         llm.llm_engine.add_request(str(i), prompt, params)

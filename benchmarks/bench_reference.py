@@ -22,9 +22,9 @@ from itertools import product
 import torch
 from attention.timing import spread
 from budget import Budget
-from generation.dummies import MODELS, SELECT, SKIP, print_line  # puts examples/ on the path
+from generation.dummies import MODELS, SELECT, Tables, print_line  # puts examples/ on the path
 from generation.machine import forget_peak, guarded, wait
-from generation.steps import Load, Tables, project
+from generation.steps import Load, project
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace, network: Network, load: Load, device: str)
         report(phase=phase, seconds=step[phase], spread=spread(times), count=len(times))
     step["recording"] = step["dense"]
     for steps, mode in product(args.steps, kinds):
-        total = project(step, steps, SKIP if mode == "sparse" else None)
+        total = project(step, steps, load.tables.skip if mode == "sparse" else None)
         numbers = {"seconds": total, "tokens_per_second": NEW_TOKENS / total}
         report(phase="generation", mode=mode, steps=steps, **numbers, projected=True)
     gc.collect()

@@ -13,7 +13,7 @@ import argparse
 import time
 from typing import Any
 
-from generation.dummies import MODELS, SKIP, print_line, request, start
+from generation.dummies import MODELS, PUBLISHED, SKIP, print_line, request, start
 from generation.machine import wait
 
 from sparsed_vllm.steps import recording_step
@@ -22,7 +22,8 @@ from sparsed_vllm.steps import recording_step
 def add(llm: Any, args: argparse.Namespace, length: int, steps: int, **extra: Any) -> None:
     """Equal requests."""
     for i in range(args.batch):
-        prompt, params = request(length, args.new_tokens, steps, sparse=bool(extra["use_sparsed"]))
+        tables = PUBLISHED if extra["use_sparsed"] else None
+        prompt, params = request(length, args.new_tokens, steps, tables)
         params.extra_args = {**params.extra_args, **extra}
         llm.llm_engine.add_request(str(i), prompt, params)
 

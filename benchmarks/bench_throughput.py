@@ -25,7 +25,7 @@ def run(llm: LLM, args: argparse.Namespace, mode: str, steps: int) -> float:
     """Seconds from the first request to the last answer."""
     length = args.prompt + args.new_tokens
     for number in range(args.requests):
-        prompt, params = request(length, args.new_tokens, steps, sparse=False)
+        prompt, params = request(length, args.new_tokens, steps, None)
         params.extra_args = {**params.extra_args, "block_length": args.block_length}
         if mode == "reuse":
             params.extra_args["kv_share"] = args.share

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,44 @@ def cache_bytes(shape: Shape, tokens: int, batch: int) -> int:
     return a_token * (tokens + 256 * (batch + 2))
 
 
+@dataclass(frozen=True)
+class Tables:
+    """SparseD's settings; the paper's, with the blocks that this engine has by default.
+
+    query_block_size: tokens of the query blocks;  block_size: of the key blocks
+    """
+
+    query_block_size: int = 128
+    block_size: int = 128
+    select: float = SELECT
+    skip: float = SKIP
+
+    @classmethod
+    def of(cls, text: str) -> "Tables":
+        """From QUERIESxKEYS:SELECT:SKIP, such as 128x32:0.1:0.2. Raises ValueError."""
+        sizes, select, skip = text.split(":")
+        queries, keys = map(int, sizes.split("x"))
+        return cls(queries, keys, float(select), float(skip))
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """As a request has them."""
+        return {f"sparsed_{name}": value for name, value in asdict(self).items()}
+
+
+PUBLISHED = Tables()
+
+
 def request(
-    length: int, new_tokens: int, steps: int, *, sparse: bool, **own: Any
+    length: int, new_tokens: int, steps: int, tables: Tables | None
 ) -> tuple[dict[str, list[int]], SamplingParams]:
     """A prompt that fills `length` together with its canvas, and how it is denoised.
 
-    own: what it has of SparseD's settings that is not the paper's
+    tables: how it runs sparse; None: dense
     """
-    extra: dict[str, Any] = {"steps": steps, "use_sparsed": int(sparse)}
-    if sparse:
-        extra |= {
-            "sparsed_skip": SKIP,
-            "sparsed_select": SELECT,
-            "sparsed_block_size": 128,
-            **own,
-        }
+    extra: dict[str, Any] = {"steps": steps, "use_sparsed": int(tables is not None)}
+    if tables is not None:
+        extra |= tables.extra_args
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, extra_args=extra
     )

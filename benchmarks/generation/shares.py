@@ -22,11 +22,9 @@ from torch.cuda import Event as Mark
 from torch.profiler import ProfilerActivity, profile, record_function
 from vllm import LLM
 
-from generation.dummies import SKIP
 from generation.machine import wait
 from generation.steps import Load, time_step
 from sparsed_vllm.sampler import DenoisingSampler
-from sparsed_vllm.steps import phase_of
 
 KINDS = {  # of the model's kernels, by a part of their names; the first that fits counts
     "attention": ("attention", "flash", "block_scores", "prompt_scores", "select_blocks"),
@@ -49,7 +47,7 @@ def profile_phases(llm: LLM, load: Load) -> dict[str, dict[str, float]]:
     load.add(llm, load.short, sparse=True)
     found: dict[str, dict[str, float]] = {}
     for step in range(load.short):
-        phase = phase_of(step, load.short, SKIP).value
+        phase = load.phase_at(step)
         if phase in found or step == 0:
             time_step(llm)
         else:
@@ -75,7 +73,7 @@ def outside_model(llm: LLM, load: Load) -> dict[str, tuple[float, float]]:
     for step, ((begin, end), (following, _)) in enumerate(pairwise(marks)):
         millis = begin.elapsed_time(following)
         share = 1 - begin.elapsed_time(end) / millis
-        found[phase_of(step, load.short, SKIP).value].append((millis / 1e3, share))
+        found[load.phase_at(step)].append((millis / 1e3, share))
     return {
         phase: (median(seconds for seconds, _ in pairs), median(share for _, share in pairs))
         for phase, pairs in found.items()

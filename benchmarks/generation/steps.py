@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm import LLM
 
-from generation.dummies import SELECT, SKIP, request
+from generation.dummies import PUBLISHED, Tables, request
 from sparsed_vllm.steps import phase_of
 
 SHORT = {16384: 12, 1 << 62: 7}
@@ -23,38 +23,13 @@ Phases = dict[str, list[float]]  # seconds of each step, by phase
 
 
 @dataclass(frozen=True)
-class Tables:
-    """SparseD's settings; the paper's, with the blocks that this engine has by default.
-
-    query_block_size: tokens of the query blocks;  block_size: of the key blocks
-    """
-
-    query_block_size: int = 128
-    block_size: int = 128
-    select: float = SELECT
-    skip: float = SKIP
-
-    @classmethod
-    def of(cls, text: str) -> "Tables":
-        """From QUERIESxKEYS:SELECT:SKIP, such as 128x32:0.1:0.2. Raises ValueError."""
-        sizes, select, skip = text.split(":")
-        queries, keys = map(int, sizes.split("x"))
-        return cls(queries, keys, float(select), float(skip))
-
-    @property
-    def extra_args(self) -> dict[str, Any]:
-        """As a request has them."""
-        return {f"sparsed_{name}": value for name, value in asdict(self).items()}
-
-
-@dataclass(frozen=True)
 class Load:
     """Equal requests that run at once.  length: tokens of prompt and canvas together"""
 
     length: int
     new_tokens: int
     batch: int = 1
-    tables: Tables = Tables()
+    tables: Tables = PUBLISHED
 
     @property
     def tokens(self) -> int:
@@ -80,10 +55,14 @@ class Load:
         """Steps of a short request, in which every phase occurs."""
         return next(steps for tokens, steps in SHORT.items() if self.tokens <= tokens)
 
+    def phase_at(self, step: int) -> str:
+        """Of a step of the short request."""
+        return phase_of(step, self.short, self.tables.skip).value
+
     def add(self, llm: LLM, steps: int, *, sparse: bool) -> None:
         for number in range(self.batch):
             sizes = (self.length, self.new_tokens, steps)
-            prompt, params = request(*sizes, sparse=sparse, **self.tables.extra_args)
+            prompt, params = request(*sizes, self.tables if sparse else None)
             llm.llm_engine.add_request(str(number), prompt, params)
 
 
@@ -92,8 +71,7 @@ def time_phases(llm: LLM, load: Load) -> Phases:
     load.add(llm, load.short, sparse=True)
     seconds: Phases = defaultdict(list)
     for step in range(load.short):
-        phase = phase_of(step, load.short, load.tables.skip)
-        seconds[phase.value].append(time_step(llm))
+        seconds[load.phase_at(step)].append(time_step(llm))
     assert not llm.llm_engine.has_unfinished_requests()
     return dict(seconds)
 

@@ -145,7 +145,7 @@ def _sparsed(name: str, share: str, size: str | None, rows: str | None, skip: st
         name,
         label,
         select=float(share),
-        skip=0.2 if skip is None else float(skip),
+        skip=Method.skip if skip is None else float(skip),
         block_size=None if size is None else int(size),
         query_block_size=None if rows is None else int(rows),
     )

@@ -6,9 +6,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-share=(--quiet --numprocesses "${WORKERS:-8}")
 failed=0
-pytest "${share[@]}" -m "gpu and not sanitizer and not engine" tests "$@" || failed=$?
+run() {  # 5: no test was selected
+    pytest --quiet --numprocesses "${WORKERS:-8}" "$@" || [ $? -eq 5 ] || failed=1
+}
+run -m "gpu and not sanitizer and not engine" tests "$@"
 # An engine serves all tests of a file; files that start servers are the longest.
-pytest "${share[@]}" --dist loadfile -m "engine and not sanitizer" tests/engine "$@" || failed=$?
+run --dist loadfile -m "engine and not sanitizer" tests/engine "$@"
 exit $failed

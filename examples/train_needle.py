@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
 
     def save(now: Standing) -> None:
         is_done = plan.progress(now.seconds) >= 1
-        checkpoint.save(network, args.out, plan.mantissa if is_done else 7)
+        checkpoint.save(network, args.out, plan.mantissa if is_done else checkpoint.MANTISSA)
         record.save(replace(begun, standing=now), args.out)
 
     now = train(

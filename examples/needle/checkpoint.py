@@ -16,14 +16,15 @@ from needle.network import Network, Shape
 from needle.vocabulary import BOS, EOS, ID, MASK, UNKNOWN, tokenizer
 
 WEIGHTS = "model.safetensors"
+MANTISSA = 7  # bits of a bfloat16's
 SHIPPED = Path(__file__).parent / "model"  # comes with the repository, for texts to 4k tokens
 LONG = Path(__file__).parent / "long_model"  # this too, for texts to 33k
 
 
-def save(network: Network, folder: Path, mantissa: int = 7) -> None:
+def save(network: Network, folder: Path, mantissa: int = MANTISSA) -> None:
     """bfloat16 weights, config and tokenizer.
 
-    mantissa: bits of it that a weight keeps, 7 at most
+    mantissa: bits of it that a weight keeps
     A file takes its place whole: whoever interrupts finds the last one.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsed_vllm.kernels.choice import Choice, Confidence, Forbidden, Noise
 from sparsed_vllm.kernels.noise import exponential
+from sparsed_vllm.kernels.relaunch import relaunch
 from sparsed_vllm.kernels.tiles import LOG2_E
 
 TILE = 4096  # tokens of a program
@@ -53,7 +54,13 @@ def choose_tokens(
     confidence_kind = CONFIDENCES.index(choice.confidence)
     stops = forbidden.stop_tokens
     if num_rows:
-        _note_tiles_kernel[(num_rows * tiles,)](
+        shape = (logits.dtype, logits.stride(0), vocab, logits.data_ptr() % 16)
+        kinds = (choice.tempered, choice.truncates, confidence_kind)
+        given = (stops is None, forbidden.early is None, noise is None)
+        relaunch(
+            _note_tiles_kernel,
+            (num_rows * tiles, 1, 1),
+            (logits.device, *shape, *kinds, *given),
             logits,
             logits.stride(0),
             vocab,
@@ -61,7 +68,7 @@ def choose_tokens(
             stops,
             0 if stops is None else len(stops),
             forbidden.early,
-            choice.temperature,
+            float(choice.temperature),
             None if noise is None else noise.seeds,
             None if noise is None else noise.places,
             None if noise is None else noise.steps,
@@ -71,16 +78,19 @@ def choose_tokens(
             ids,
             num_rows,
             tiles,
-            DRAWN=noise is not None,
-            TEMPERED=choice.tempered,
-            TRUNCATED=choice.truncates,
-            CONFIDENCE=confidence_kind,
-            EARLY=forbidden.early is not None,
-            EMPTY_BITS=EMPTY_BITS[logits.dtype],
-            TILE=TILE,
+            noise is not None,
+            choice.tempered,
+            choice.truncates,
+            confidence_kind,
+            forbidden.early is not None,
+            EMPTY_BITS[logits.dtype],
+            TILE,
             num_warps=8,
         )
-        _add_up_kernel[(num_rows,)](
+        relaunch(
+            _add_up_kernel,
+            (num_rows, 1, 1),
+            (logits.device, tiles, confidence_kind),
             notes,
             scores,
             ids,
@@ -89,8 +99,8 @@ def choose_tokens(
             tokens,
             confidence,
             largest,
-            CONFIDENCE=confidence_kind,
-            TILES=triton.next_power_of_2(tiles),
+            confidence_kind,
+            triton.next_power_of_2(tiles),
             num_warps=1,
         )
     return tokens, confidence, largest
@@ -204,7 +214,13 @@ def _least_keys_kernel(
 
 @triton.jit(
     do_not_specialize=["mask_token_id", "num_stops", "num_rows"],
-    do_not_specialize_on_alignment=["seeds_ptr", "places_ptr", "steps_ptr"],
+    do_not_specialize_on_alignment=[
+        "stops_ptr",
+        "early_ptr",
+        "seeds_ptr",
+        "places_ptr",
+        "steps_ptr",
+    ],
 )
 def _note_tiles_kernel(
     logits_ptr,
@@ -279,7 +295,10 @@ def _note_tiles_kernel(
         tl.store(notes_ptr + EXTRA * size + place, slope)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["confidence_ptr", "largest_ptr"],
+)
 def _add_up_kernel(
     notes_ptr,
     scores_ptr,

@@ -28,6 +28,7 @@ from sparsed_vllm.kernels.canvas_columns import (
     real,
     whole,
 )
+from sparsed_vllm.kernels.relaunch import relaunch
 
 ROWS = 64  # of a request that are ranked together, against as many
 WIDTH = 256  # places that are looked at together
@@ -47,7 +48,10 @@ def fill_canvases(
 ) -> Tensor:
     """See reference.fill_canvases."""
     chosen = torch.empty_like(confidence, dtype=torch.bool)
-    _fill_canvases_kernel[(columns.num_reqs,)](
+    relaunch(
+        _fill_canvases_kernel,
+        (columns.num_reqs, 1, 1),
+        (chosen.device, uniform is None),
         columns.device,
         columns.num_reqs,
         state.tokens,
@@ -62,9 +66,9 @@ def fill_canvases(
         largest,
         uniform,
         chosen,
-        DRAWN=uniform is not None,
-        ROWS=ROWS,
-        WIDTH=WIDTH,
+        uniform is not None,
+        ROWS,
+        WIDTH,
         num_warps=8,
     )
     return chosen
@@ -75,11 +79,17 @@ def fill_canvases(
     do_not_specialize=["num_reqs", "longest"],
     do_not_specialize_on_alignment=[
         "columns",
+        "tokens_ptr",
+        "masked_ptr",
+        "num_taken_ptr",
+        "block_steps_ptr",
+        "has_failed_ptr",
         "places_ptr",
         "new_ptr",
         "confidence_ptr",
         "largest_ptr",
         "uniform_ptr",
+        "chosen_ptr",
     ],
 )
 def _fill_canvases_kernel(

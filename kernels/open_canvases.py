@@ -20,6 +20,7 @@ from sparsed_vllm.kernels.canvas_columns import (
     first_masked,
     whole,
 )
+from sparsed_vllm.kernels.relaunch import relaunch
 
 WIDTH = 256  # places that are looked at together
 
@@ -29,7 +30,10 @@ def open_canvases(state: CanvasState, columns: StepColumns) -> OpenRows:
     num_rows = columns.num_rows
     found = state.seeds.new_empty(len(OpenRows._fields), num_rows)
     if num_rows:
-        _open_canvases_kernel[(columns.num_reqs,)](
+        relaunch(
+            _open_canvases_kernel,
+            (columns.num_reqs, 1, 1),
+            found.device,
             columns.device,
             columns.num_reqs,
             state.masked,
@@ -38,7 +42,7 @@ def open_canvases(state: CanvasState, columns: StepColumns) -> OpenRows:
             state.block_steps,
             found,
             num_rows,
-            WIDTH=WIDTH,
+            WIDTH,
             num_warps=2,
         )
     return OpenRows(*found)
@@ -47,7 +51,13 @@ def open_canvases(state: CanvasState, columns: StepColumns) -> OpenRows:
 # Nothing depends on what divides these, and each would be compiled for anew.
 @triton.jit(
     do_not_specialize=["num_reqs", "longest", "num_rows"],
-    do_not_specialize_on_alignment=["columns", "found"],
+    do_not_specialize_on_alignment=[
+        "columns",
+        "masked_ptr",
+        "seeds_ptr",
+        "block_steps_ptr",
+        "found",
+    ],
 )
 def _open_canvases_kernel(
     columns,

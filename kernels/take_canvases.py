@@ -17,6 +17,7 @@ from sparsed_vllm.kernels.canvas_columns import (
     first_masked,
     whole,
 )
+from sparsed_vllm.kernels.relaunch import relaunch
 
 WIDTH = 256  # places that are looked at together
 
@@ -26,7 +27,10 @@ def take_canvases(state: CanvasState, columns: StepColumns, ends: SequenceEnds |
     num_reqs, width = columns.num_reqs, columns.width
     tokens, places = state.num_taken.new_empty(2, num_reqs, width)
     counts, has_failed = state.tokens.new_empty(2, num_reqs)
-    _take_canvases_kernel[(num_reqs,)](
+    relaunch(
+        _take_canvases_kernel,
+        (num_reqs, 1, 1),
+        (tokens.device, ends is None),
         columns.device,
         num_reqs,
         state.tokens,
@@ -41,8 +45,8 @@ def take_canvases(state: CanvasState, columns: StepColumns, ends: SequenceEnds |
         width,
         counts,
         has_failed,
-        HAS_ENDS=ends is not None,
-        WIDTH=WIDTH,
+        ends is not None,
+        WIDTH,
         num_warps=2,
     )
     return Taken(tokens, places, counts, has_failed)
@@ -53,6 +57,12 @@ def take_canvases(state: CanvasState, columns: StepColumns, ends: SequenceEnds |
     do_not_specialize=["num_reqs", "longest", "width"],
     do_not_specialize_on_alignment=[
         "columns",
+        "tokens_ptr",
+        "masked_ptr",
+        "num_taken_ptr",
+        "has_failed_ptr",
+        "prompt_lens_ptr",
+        "ends_ptr",
         "out_tokens",
         "out_places",
         "out_counts",

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsed_vllm.kernels import canvas
 from sparsed_vllm.kernels.canvas import CanvasState, SequenceRows, StepColumns
 from sparsed_vllm.kernels.canvas_columns import CANVAS_ROW, FIRST_PLACE, NUM_SEEN, SLOT, whole
+from sparsed_vllm.kernels.relaunch import relaunch
 
 WIDTH = 256  # places or rows of a program
 
@@ -25,7 +26,10 @@ def write_ids(
     num_canvas = columns.num_reqs * triton.cdiv(columns.most(canvas.NUM_SEEN), WIDTH)
     num_light = 0 if light is None else len(light.rows)
     of_light = (None,) * len(SequenceRows._fields) if light is None else light
-    _write_ids_kernel[(num_canvas + triton.cdiv(num_light, WIDTH),)](
+    relaunch(
+        _write_ids_kernel,
+        (num_canvas + triton.cdiv(num_light, WIDTH), 1, 1),
+        (input_ids.device, light is None),
         columns.device,
         columns.num_reqs,
         state.tokens,
@@ -37,8 +41,8 @@ def write_ids(
         *of_light,
         0 if light is None else light.prompts.stride(0),
         num_light,
-        HAS_LIGHT=light is not None,
-        WIDTH=WIDTH,
+        light is not None,
+        WIDTH,
         num_warps=2,
     )
 
@@ -53,7 +57,18 @@ def write_ids(
         "stride_prompts",
         "num_light",
     ],
-    do_not_specialize_on_alignment=["columns", "rows_ptr", "places_ptr", "seqs_ptr"],
+    do_not_specialize_on_alignment=[
+        "columns",
+        "tokens_ptr",
+        "masked_ptr",
+        "input_ids",
+        "rows_ptr",
+        "places_ptr",
+        "seqs_ptr",
+        "prompts_ptr",
+        "prompt_lens_ptr",
+        "positions_ptr",
+    ],
 )
 def _write_ids_kernel(
     columns,

@@ -13,6 +13,7 @@ more dimensions make the address right: `end` rows on, and 2**30 rows back, by 2
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,21 +36,30 @@ ANY_SIZE = 0x7FFF0000
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
     """Tiles of `rows` tokens of one head, out of x [tokens, heads, head_dim].
 
-    A head begins in column head * stride(1). x has 16 bits a number.
+    A head begins in column head * stride(1). x has 16 bits a number and begins at a multiple of 16
+    bytes.
     """
-    _, heads, head_dim = x.shape
-    stride = x.stride(0)
-    shape = [ANY_SIZE, ANY_SIZE, BILLION.value, (heads - 1) * x.stride(1) + head_dim]
-    strides = [(1 << 34) - stride, stride, stride, 1]
-    tile = (1, 1, rows, head_dim)
-    return TensorDescriptor(x, shape, strides, list(tile), _layout(tile, x.dtype))
+    tiles = object.__new__(TensorDescriptor)
+    vars(tiles).update(_description(x.dtype, *x.shape[1:], *x.stride()[:2], rows), base=x)
+    return tiles
 
 
 @cache
-def _layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a tile in shared memory. Cached: Triton takes as long to find it as to launch a kernel."""
+def _description(
+    dtype: torch.dtype, heads: int, head_dim: int, stride: int, head_stride: int, rows: int
+) -> dict[str, Any]:
+    """All of such tiles but their base.
+
+    Cached: Triton takes longer to check it, and to find the layout, than to launch a kernel.
+    stride, head_stride: numbers from a token to the next, and from a head
+    """
+    shape = [ANY_SIZE, ANY_SIZE, BILLION.value, (heads - 1) * head_stride + head_dim]
+    strides = [(1 << 34) - stride, stride, stride, 1]
+    tile = [1, 1, rows, head_dim]
     kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for(list(tile), kind)
+    layout = gl.NVMMASharedLayout.get_default_for(tile, kind)
+    anything = torch.empty(0, dtype=dtype)
+    return vars(TensorDescriptor(anything, shape, strides, tile, layout))
 
 
 @gluon.jit

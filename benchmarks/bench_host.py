@@ -22,16 +22,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from generation.dummies import MODELS, PUBLISHED, SKIP, request, start, versions
 from generation.machine import wait
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from sparsed_vllm import attention, model_state
-from sparsed_vllm.flash import FlashAttention
+from sparsed_vllm.flash import flash_attention
 from sparsed_vllm.model_state import DenoisingModelState
 from sparsed_vllm.models.network import MaskPredictor
 from sparsed_vllm.sampler import DenoisingSampler
@@ -47,26 +48,39 @@ OURS = (
     attention.SparsedImpl,
 )
 SUPERS = [name for name in vars(DenoisingScheduler) if callable(getattr(Scheduler, name, None))]
-THEIRS = (
-    *((Scheduler, name) for name in SUPERS if name != "__init__"),
-    (model_state, "build_attn_metadata"),
-    (MaskPredictor, "score"),
-    (FlashAttention, "__call__"),
-)
+
+
+def theirs() -> list[tuple[Any, str]]:
+    """vLLM's functions that ours call, by their owners."""
+    found: list[tuple[Any, str]] = [(Scheduler, name) for name in SUPERS if name != "__init__"]
+    found += [(model_state, "build_attn_metadata"), (MaskPredictor, "score")]
+    flash = flash_attention("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    return found if flash is None else [*found, (flash, "function")]
 
 
 class Stopwatch:
-    """Adds up the time inside our functions and outside vLLM's that they call."""
+    """Adds up the time inside our functions and outside vLLM's that they call.
+
+    by_name: the same, by the function of ours that is innermost
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._stack: list[bool] = []  # of the functions that run: whether each is ours
+        self.by_name: defaultdict[str, float] = defaultdict(float)
+        self._stack: list[str | None] = []  # of the functions that run: the names of ours
         self._since = 0.0
 
-    def timed(self, function: Callable[..., Any], is_ours: bool) -> Callable[..., Any]:
+    def take(self) -> dict[str, float]:
+        """What was added up, which starts again at zero."""
+        taken = dict(self.by_name)
+        self.by_name.clear()
+        return taken
+
+    def timed(self, function: Callable[..., Any], name: str | None) -> Callable[..., Any]:
+        """name: None for a function of vLLM's"""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             self._turn()
-            self._stack.append(is_ours)
+            self._stack.append(name)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -77,8 +91,8 @@ class Stopwatch:
 
     def _turn(self) -> None:
         now = time.perf_counter()
-        if self._stack and self._stack[-1]:
-            self.seconds += now - self._since
+        if self._stack and self._stack[-1] is not None:
+            self.by_name[self._stack[-1]] += now - self._since
         self._since = now
 
 
@@ -89,10 +103,11 @@ def measuring(watch: Stopwatch) -> Iterator[None]:
         for owner in OURS:
             for name, function in list(vars(owner).items()):
                 if callable(function) and name != "__init__" and not isinstance(function, type):
-                    patches.enter_context(patch.object(owner, name, watch.timed(function, True)))
-        for owner, name in THEIRS:
-            function = getattr(owner, name)
-            patches.enter_context(patch.object(owner, name, watch.timed(function, False)))
+                    timed = watch.timed(function, f"{owner.__name__}.{name}")
+                    patches.enter_context(patch.object(owner, name, timed))
+        for owner, name in theirs():
+            timed = watch.timed(getattr(owner, name), None)
+            patches.enter_context(patch.object(owner, name, timed))
         yield
 
 
@@ -108,20 +123,20 @@ def submit(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None
 
 def time_steps(
     llm: Any, args: argparse.Namespace, batch: int, sparse: bool
-) -> dict[str, list[float]]:
-    """Seconds of host work of each step of equal requests, by phase."""
-    watch, seconds = Stopwatch(), defaultdict(list)
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds of host work of each step of equal requests, by phase and then by function."""
+    watch, taken = Stopwatch(), defaultdict(list)
     submit(llm, args, batch, sparse)
     llm.llm_engine.step()  # admits them
     with measuring(watch):
         for step in range(1, args.steps - 1):
             wait()
-            watch.seconds = 0.0
+            watch.take()
             llm.llm_engine.step()
-            seconds[phase_at(step, args, sparse)].append(watch.seconds)
+            taken[phase_at(step, args, sparse)].append(watch.take())
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-    return seconds
+    return taken
 
 
 def phase_at(step: int, args: argparse.Namespace, sparse: bool) -> str:
@@ -144,7 +159,7 @@ def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) 
     for phase, profile in profiles.items():
         print(f"batch {batch}, sparse {sparse}, {phase} steps", file=sys.stderr)
         found = pstats.Stats(profile, stream=sys.stderr)
-        found.sort_stats("tottime").print_stats(40)
+        found.sort_stats("cumtime").print_stats("sparsed_vllm|triton", 60)
 
 
 def time_queue(running: int, waiting: int) -> float:
@@ -194,9 +209,19 @@ def report(
     names = ("model", "layers", "heads", "tokens", "share")
     given = {name: getattr(args, name) for name in names} | {"batch": batch, "sparse": sparse}
     time_steps(llm, args, batch, sparse)  # compiles kernels
-    for phase, seconds in time_steps(llm, args, batch, sparse).items():
-        found = {**line, **given, "phase": phase, "seconds": median(seconds)}
-        print(json.dumps(found), flush=True)
+    for phase, steps in time_steps(llm, args, batch, sparse).items():
+        seconds = median(sum(step.values()) for step in steps)
+        print(json.dumps({**line, **given, "phase": phase, "seconds": seconds}), flush=True)
+        if args.profile:
+            print_shares(f"batch {batch}, sparse {sparse}, {phase} steps", steps)
+
+
+def print_shares(title: str, steps: list[dict[str, float]]) -> None:
+    """Milliseconds of a step by our functions, the largest first."""
+    print(title, file=sys.stderr)
+    means = {name: fmean(step.get(name, 0) for step in steps) for name in set().union(*steps)}
+    for name, seconds in sorted(means.items(), key=lambda pair: -pair[1])[:25]:
+        print(f"  {1e3 * seconds:7.3f} ms  {name}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

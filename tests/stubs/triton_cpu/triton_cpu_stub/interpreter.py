@@ -2,8 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Makes Triton's interpreter two to three times as fast: less work beside each operation.
 
-vLLM's runner launches several Triton kernels a step, and interpreting them takes most of a step of
-a small model. What kernels compute stays as it is. For the Triton that requirements/cpu.txt pins.
+What kernels compute stays as it is. For the Triton that requirements/cpu.txt pins.
 """
 
 import dataclasses
@@ -20,6 +19,8 @@ def quicken() -> None:
     from triton.language import core
     from triton.runtime import interpreter
 
+    from triton_cpu_stub.twins import launch_twins
+
     if isinstance(interpreter._patch_lang, Patcher):
         return
     interpreter._patch_lang = Patcher(interpreter)
@@ -29,6 +30,7 @@ def quicken() -> None:
     _compare_types_by_identity_first(core)
     _share_shapes(core, interpreter.InterpreterBuilder)
     _leave_equal_shapes(type(interpreter.interpreter_semantic))
+    launch_twins(interpreter)
 
 
 class Patcher:

@@ -5,6 +5,7 @@
 What kernels compute stays as it is. For the Triton that requirements/cpu.txt pins.
 """
 
+import atexit
 import dataclasses
 import functools
 import gc
@@ -23,6 +24,7 @@ def quicken() -> None:
     from triton_cpu_stub.twins import launch_twins
 
     gc.freeze()  # vLLM collects garbage as an engine starts: not among all that it imported
+    atexit.register(gc.unfreeze)
     if isinstance(interpreter._patch_lang, Patcher):
         return
     interpreter._patch_lang = Patcher(interpreter)

@@ -213,7 +213,7 @@ def test_a_shipped_model_is_small(folder):
 
 @pytest.mark.engine
 def test_the_engine_finds_needles(needle):
-    exams = [evaluation.draw(task, 300, 4, seed=1) for task in ("single", "multikey")]
+    exams = [evaluation.draw(task, 300, 2, seed=1) for task in ("single", "multikey")]
     canvas = evaluation.CANVAS
     params = SamplingParams(temperature=0, max_tokens=canvas, extra_args={"steps": canvas})
     prompts = [ids for exam in exams for ids in exam.prompts.tolist()]

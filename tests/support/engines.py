@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Engines for tests, and what is inside them."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def start_engine(path: str | Path, **kwargs: Any) -> LLM:
         "gpu_memory_utilization": 0.1,  # of a GPU that many engines share
         "async_scheduling": False,  # llm_engine.step() is one step, with its results
     }
+    # vLLM collects garbage eight times as it starts: it need not look at all that there is so far.
+    gc.freeze()
     _ENGINES.append(LLM(str(path), **{**defaults, **kwargs}))
     return _ENGINES[-1]
 

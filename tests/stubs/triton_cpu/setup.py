@@ -6,7 +6,7 @@ from setuptools import setup
 
 setup(
     name="triton-cpu-stub",
-    version="0.2.0",
+    version="0.3.0",
     description="A Triton backend named cpu that runs kernels in Triton's interpreter",
     python_requires=">=3.10",
     packages=["triton_cpu_stub"],

@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: The sparsed_vllm authors
 """Makes Triton's interpreter two to three times as fast: less work beside each operation.
 
-vLLM's runner launches several Triton kernels a step, and interpreting them takes most of a step of
-a small model. What kernels compute stays as it is. For the Triton that requirements/cpu.txt pins.
+What kernels compute stays as it is. For the Triton that requirements/cpu.txt pins.
 """
 
+import atexit
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,10 @@ def quicken() -> None:
     from triton.language import core
     from triton.runtime import interpreter
 
+    from triton_cpu_stub.twins import launch_twins
+
+    gc.freeze()  # vLLM collects garbage as an engine starts: not among all that it imported
+    atexit.register(gc.unfreeze)
     if isinstance(interpreter._patch_lang, Patcher):
         return
     interpreter._patch_lang = Patcher(interpreter)
@@ -29,6 +34,8 @@ def quicken() -> None:
     _compare_types_by_identity_first(core)
     _share_shapes(core, interpreter.InterpreterBuilder)
     _leave_equal_shapes(type(interpreter.interpreter_semantic))
+    _leave_equal_types(core, type(interpreter.interpreter_semantic))
+    launch_twins(interpreter)
 
 
 class Patcher:
@@ -145,3 +152,24 @@ def _leave_equal_shapes(semantic: Any) -> None:
         return broadcast(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_others
+
+
+def _leave_equal_types(core: ModuleType, semantic: Any) -> None:
+    """Operands of one type compute in it: only a quotient of halves is taken in another."""
+    check = semantic.binary_op_type_checking_impl
+
+    def check_others(
+        self: Any,
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        are_tensors = type(lhs) is core.tensor and type(rhs) is core.tensor
+        if are_tensors and lhs.dtype is rhs.dtype and not (div_or_mod or lhs.dtype.is_ptr()):
+            return self.broadcast_impl_value(lhs, rhs)
+        return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    semantic.binary_op_type_checking_impl = check_others

@@ -19,7 +19,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     path, collector = sys.argv[1:]
     llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8,
-              kv_cache_memory_bytes=1 << 26, disable_log_stats=False,
+              kv_cache_memory_bytes=1 << 26, gpu_memory_utilization=0.1, disable_log_stats=False,
               otlp_traces_endpoint=collector)
     params = [SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extra)
               for extra in ({"steps": 4}, {"use_sparsed": 1, "sparsed_block_size": 16})]

@@ -443,6 +443,7 @@ def test_requests_before_through_and_after_a_sleep_get_their_tokens(sleeper, ext
     assert [list(out.token_ids) for out in generate(sleeper, [request])] == undisturbed
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_over_nccl_give_the_tokens_of_one(llada_path):
     tokens, counts = answers_of_ranks(llada_path, 2)

@@ -18,7 +18,7 @@ from ranks import needs_two_devices
 from servers import serving
 from vllm import SamplingParams
 
-pytestmark = [pytest.mark.engine, needs_two_devices]
+pytestmark = [pytest.mark.engine, pytest.mark.ranks, needs_two_devices]
 
 NUM_RANKS = 1 if torch.cuda.device_count() in (2, 3) else 2  # of each engine
 

@@ -7,7 +7,7 @@ from checkpoints import write_llada_moe
 from engines import start_engine
 from ranks import SIZES, answers_of, answers_of_ranks, needs_two_devices
 
-pytestmark = [pytest.mark.engine, needs_two_devices]
+pytestmark = [pytest.mark.engine, pytest.mark.ranks, needs_two_devices]
 
 
 def test_tensor_parallel_ranks_agree_with_one_process(llada_path):

@@ -41,3 +41,9 @@ def test_another_variant_is_looked_up_anew():
     for variant in ("bfloat16", "float16"):
         relaunch.relaunch(kernel, (1, 1, 1), variant)
     assert len(kernel.launches) == 2 and kernel.compiled.launches == []
+
+
+def test_a_kernel_has_the_warps_it_asks_for():
+    kernel = Kernel()
+    relaunch.relaunch(kernel, (1, 1, 1), "bfloat16", num_warps=8)
+    assert kernel.launches == [((1, 1, 1), (), {"num_warps": 8})]

@@ -28,8 +28,6 @@ SIZES: dict[str, Any] = {
     "additional_config": {"reuse": {"by_default": 0}},
     "kv_cache_memory_bytes": 1 << 26,
     "gpu_memory_utilization": 0.1,
-    # So that the steps that they count are the same: a step may be on its way when a request ends.
-    "async_scheduling": False,
 }
 STYLES: tuple[dict[str, Any], ...] = (
     {"steps": 8},
@@ -61,12 +59,12 @@ def answers_of(llm: LLM) -> Answers:
     return tokens, counts
 
 
-def answers_of_ranks(path: str | Path, ranks: int) -> Answers:
+def answers_of_ranks(path: str | Path, ranks: int, **options: Any) -> Answers:
     """The same of an engine of several processes, in a process tree of its own."""
     # vLLM binds each process to cores; it cannot share out one NUMA node itself.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(i) for i in range(ranks))}
     done = subprocess.run(
-        [sys.executable, __file__, path, str(ranks)],
+        [sys.executable, __file__, path, str(ranks), json.dumps(options)],
         capture_output=True,
         text=True,
         env={**os.environ, **cores},
@@ -79,6 +77,6 @@ def answers_of_ranks(path: str | Path, ranks: int) -> Answers:
 
 
 if __name__ == "__main__":
-    model, num_ranks = sys.argv[1:]
-    engine = LLM(model, tensor_parallel_size=int(num_ranks), **SIZES)
+    model, num_ranks, more = sys.argv[1:]
+    engine = LLM(model, tensor_parallel_size=int(num_ranks), **SIZES, **json.loads(more))
     print("RESULT", json.dumps(answers_of(engine)))

@@ -147,7 +147,7 @@ def phase_at(step: int, args: argparse.Namespace, sparse: bool) -> str:
 
 
 def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) -> None:
-    """Print where the host spends the steps of each phase, vLLM's own functions among it."""
+    """Print where the host spends the steps of each phase in our functions and in Triton's."""
     profiles: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
     submit(llm, args, batch, sparse)
     step = 0
@@ -159,7 +159,7 @@ def profile_steps(llm: Any, args: argparse.Namespace, batch: int, sparse: bool) 
     for phase, profile in profiles.items():
         print(f"batch {batch}, sparse {sparse}, {phase} steps", file=sys.stderr)
         found = pstats.Stats(profile, stream=sys.stderr)
-        found.sort_stats("cumtime").print_stats("sparsed_vllm|triton", 60)
+        found.sort_stats("cumtime").print_stats("sparsed_vllm|kernels|triton", 60)
 
 
 def time_queue(running: int, waiting: int) -> float:
